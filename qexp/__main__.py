@@ -1,0 +1,5 @@
+"""``python -m qexp`` is the same as ``qexp``."""
+
+from qexp.cli import main
+
+main()

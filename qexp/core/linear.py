@@ -1,0 +1,96 @@
+"""The quantized linear layer, simulated: codes decode to the weight that a plain matrix product uses.
+
+``QuantLinear`` replaces ``nn.Linear`` in the blocks of a model and computes the same numbers until something
+is inserted or installed. Layers that read the same input share one ``InputPath``: the online maps and the
+activation quantizer run once for q, k and v, not three times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qexp.core.maps import LinearMap
+from qexp.core.stages import Grid
+from qexp.core.words import Params, Quantized
+
+
+class InputPath:
+    """What happens to an input before its readers: ``maps`` in order, ``observer`` looks, ``act`` quantizes.
+
+    The answer for one tensor is kept until every reader has had it, and not longer.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self.maps: list[LinearMap] = []
+        self.act: Callable[[Tensor], Tensor] | None = None
+        self.observer: Callable[[Tensor], None] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._source: Tensor | None = None
+        self._answer: Tensor | None = None
+        self._version, self._served = -1, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the quantized, transformed input, same shape and dtype as ``x`` [..., I]."""
+        if not self.maps and self.act is None and self.observer is None:
+            return x
+        if self._source is x and self._answer is not None and self._version == x._version:
+            answer = self._answer
+        else:
+            answer = self._compute(x)
+            self._source, self._answer, self._version, self._served = x, answer, x._version, 0
+        self._served += 1
+        if self._served >= self.readers:
+            self._forget()
+        return answer
+
+    def _compute(self, x: Tensor) -> Tensor:
+        for step in self.maps:
+            x = step.apply(x)
+        if self.observer is not None:
+            self.observer(x)
+        return x if self.act is None else self.act(x)
+
+
+class QuantLinear(nn.Module):
+    """``nn.Linear`` with an input path and, once installed, codes: weight [O, I] = decode(codes, params)."""
+
+    def __init__(self, linear: nn.Linear, path: InputPath) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.path = path
+        self.grid: Grid | None = None
+        self.codes: Tensor | None = None
+        self.params: Params = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + b for x [..., I] after the input path."""
+        return nn.functional.linear(self.path(x), self.weight, self.bias)
+
+    @torch.no_grad()
+    def install(self, grid: Grid, quantized: Quantized) -> None:
+        """Take codes and parameters; from now on the weight is what they decode to, in the layer's dtype."""
+        self.grid, self.codes, self.params = grid, quantized.codes, quantized.params
+        decoded = grid.decode(quantized.codes, quantized.params)
+        self.weight.copy_(decoded.to(self.weight))
+
+    def extra_repr(self) -> str:
+        """Return shape and state for ``print(model)``."""
+        state = "float" if self.grid is None else f"{self.grid.bits} bits"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {state}, online={len(self.path.maps)}"
+
+
+def replace_linears(model: nn.Module, groups: list[tuple[str, ...]]) -> None:
+    """Replace the named ``nn.Linear`` modules by ``QuantLinear``; each group of names shares an input path."""
+    for names in groups:
+        path = InputPath(len(names))
+        for name in names:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            model.set_submodule(name, QuantLinear(linear, path))

@@ -1,0 +1,108 @@
+"""The only code that changes a weight for a transform.
+
+An ``Insert`` replaces the activation x (a row) at a site by (x + shift) A. Where the site's writers can absorb
+A it is folded into them; otherwise it runs online in front of the readers. The readers always get the dual:
+W <- W A^{-T}, b <- b - W shift, so that the function stays what it was. All arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qexp.core.errors import UserError
+from qexp.core.linear import QuantLinear
+from qexp.core.maps import LinearMap
+from qexp.core.norms import NORM, OFFSET_NORM, ScaledRmsNorm, bias_of, gain_of, set_gain
+from qexp.core.words import Insert, Site, Writer
+
+
+@torch.no_grad()
+def insert(model: nn.Module, site: Site, change: Insert) -> bool:
+    """Insert ``change`` at ``site`` and return whether it was folded (False: it runs online)."""
+    if site.kind == "query_key":
+        model.get_submodule(site.readers[0]).door.rotation = change.map
+        return False
+    folded = change.kind in site.admits
+    if site.kind == "residual":
+        _prepare_residual(model, site, change)
+    if folded:
+        for writer in site.writers:
+            _write(model.get_submodule(writer.name), writer, change)
+    elif change.shift is not None:
+        raise UserError(f"a shift at {site.name}, which has no writers to take it", "a site behind a norm")
+    if change.kind == "center":
+        return True
+    for name in site.readers:
+        _read(model.get_submodule(name), change, folded)
+    if not folded:
+        model.get_submodule(site.readers[0]).path.maps.append(change.map)
+    return folded
+
+
+def _prepare_residual(model: nn.Module, site: Site, change: Insert) -> None:
+    """Make the norms between the residual stream and its readers commute with the map."""
+    for norm in site.norms:
+        module = model.get_submodule(norm.name)
+        if change.kind == "center":
+            assert isinstance(module, nn.LayerNorm)
+            model.set_submodule(norm.name, ScaledRmsNorm(module))
+        elif isinstance(module, nn.LayerNorm) or not torch.all(gain_of(module, norm.kind) == 1):
+            raise UserError(
+                f"a rotation of the residual stream in front of {norm.name}, which has a gain of its own",
+                "fold_norm before it",
+                "method.transform=[fold_norm,hadamard]",
+            )
+
+
+def _write(module: nn.Module, writer: Writer, change: Insert) -> None:
+    """Let the writer produce (x + shift) A."""
+    apply, shift = change.map.apply, change.shift
+    if writer.kind in (NORM, OFFSET_NORM):
+        bias = bias_of(module)
+        if shift is not None:
+            assert bias is not None
+            bias = bias + shift.to(bias)
+        set_gain(module, writer.kind, apply(gain_of(module, writer.kind)))
+        if bias is not None:
+            module.bias.copy_(apply(bias))
+        return
+    assert shift is None
+    weight = module.weight
+    if writer.kind == "embedding":
+        weight.copy_(apply(weight.double()))
+        return
+    weight.copy_(apply(weight.double().T.contiguous()).T)
+    if module.bias is not None:
+        module.bias.copy_(apply(module.bias.double()))
+
+
+def reader_weight(module: nn.Module, map: LinearMap, folded: bool) -> Tensor:
+    """Return the reader weight float64 [O, I] after the dual of ``map``; a folded map acts before the online ones."""
+    online: list[LinearMap] = module.path.maps if isinstance(module, QuantLinear) and folded else []
+    W = _undo(module.weight.double(), online)
+    W = map.dual(W)
+    for step in online:
+        W = step.dual(W)
+    return W
+
+
+def _undo(W: Tensor, online: list[LinearMap]) -> Tensor:
+    for step in reversed(online):
+        W = step.undual(W)
+    return W
+
+
+def _read(module: nn.Module, change: Insert, folded: bool) -> None:
+    """Give the reader the dual of the map and the bias that undoes the shift."""
+    if change.shift is not None:
+        online = module.path.maps if isinstance(module, QuantLinear) and folded else []
+        W = _undo(module.weight.double(), online)
+        _add_bias(module, -(W @ change.shift.to(W)))
+    module.weight.copy_(reader_weight(module, change.map, folded))
+
+
+def _add_bias(module: nn.Module, addition: Tensor) -> None:
+    if module.bias is None:
+        module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0]), requires_grad=False)
+    module.bias.copy_(module.bias.double() + addition)

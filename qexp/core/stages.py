@@ -1,0 +1,220 @@
+"""The seven stage kinds, as Protocols: a method is a composition of their members.
+
+A member is a frozen dataclass in ``qexp/stages/<kind>/<member>.py`` with its YAML in
+``conf/method/<kind>/<member>.yaml``. ``version`` is raised when a member's numbers change, so that old
+records are not taken for new ones; ``needs`` names the statistics it reads: "activations" or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from qexp.core.maps import LinearMap
+from qexp.core.words import Insert, Layer, Params, Quantized, Site, Stats
+
+Sensitivity = Callable[[Layer, int], float]
+
+
+class Sites(Protocol):
+    """What a transform sees of a model: its sites by kind, model-wide or of one block."""
+
+    def sites(self, *kinds: str) -> list[Site]:
+        """Return all sites of these kinds, in forward order."""
+        ...
+
+
+class Surroundings(Protocol):
+    """What a transform may look at around one site, and change nothing of."""
+
+    @property
+    def weights(self) -> Sequence[Tensor]:
+        """Return the readers' weights, each [O, I] float32."""
+        ...
+
+    @property
+    def gain(self) -> Tensor | None:
+        """Return the elementwise gain [I] of the norm that writes the site, or None."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the bias [I] of the norm that writes the site, or None."""
+        ...
+
+    @property
+    def stats(self) -> Stats:
+        """Return the statistics of the site's activation (block scope only)."""
+        ...
+
+    def damage(self, candidate: LinearMap) -> float:
+        """Return the output error if ``candidate`` were inserted and this recipe's grid and act applied."""
+        ...
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A function-preserving rewrite of sites. Contract: logits unchanged to 1e-9 in float64."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def needs(self) -> frozenset[str]: ...
+    @property
+    def scope(self) -> str:
+        """Return "model" (before the blocks are walked, no statistics) or "block"."""
+        ...
+
+    def sites(self, model: Sites) -> list[Site]:
+        """Return the sites this transform edits, in order."""
+        ...
+
+    def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | None:
+        """Return the map to insert at ``site``, or None to leave it."""
+        ...
+
+
+@runtime_checkable
+class Grid(Protocol):
+    """The values a weight may take, and their honest cost in bits."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def needs(self) -> frozenset[str]: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def dim(self) -> int:
+        """Return how many neighbouring columns one code covers (1 for scalar grids)."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """Return how many columns share parameters; -1 is the whole row, 0 the whole tensor."""
+        ...
+
+    def for_layer(self, layer: Layer, bits: int) -> Self:
+        """Return this grid at ``bits`` for ``layer``."""
+        ...
+
+    def check(self, layer: Layer) -> None:
+        """Raise UserError if the layer's shape does not fit the grid."""
+        ...
+
+    def fit(self, W_OJ: Tensor, H_JJ: Tensor | None) -> Params:
+        """Return parameters for a weight (slice) in float32; ``H_JJ`` weighs errors where the range rule uses it."""
+        ...
+
+    def encode(self, W_OJ: Tensor, params: Params) -> Tensor:
+        """Return the nearest codes, uint8 [O, J/dim]."""
+        ...
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """Return the weights [O, J] that codes stand for, in the dtype of the parameters."""
+        ...
+
+    def cost(self, outputs: int, inputs: int) -> float:
+        """Return stored bits per weight with scales, zero points and tables."""
+        ...
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Which grid point each weight takes."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def solve(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Quantized:
+        """Return codes and parameters for a float32 weight, which stays as it is."""
+        ...
+
+
+@runtime_checkable
+class Act(Protocol):
+    """The quantizer of a linear layer's input, simulated."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+
+    def freeze(self, stats: Stats | None) -> Callable[[Tensor], Tensor]:
+        """Return the function x [..., I] -> x̂ [..., I] for one input."""
+        ...
+
+
+@runtime_checkable
+class Kv(Protocol):
+    """The quantizer of keys and values, simulated where attention reads them."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+
+    def __call__(self, k_BASE: Tensor, v_BASE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return quantized keys and values; causal: position t does not depend on later ones."""
+        ...
+
+    def cost(self, head_size: int) -> float:
+        """Return stored bits per cached element with scales and zero points."""
+        ...
+
+
+@runtime_checkable
+class Tuner(Protocol):
+    """Training after rounding. Contract: calibration loss not higher, weights still decode from codes."""
+
+    @property
+    def version(self) -> int: ...
+
+
+@runtime_checkable
+class Allocation(Protocol):
+    """How many bits each layer gets; 16 leaves a layer as it is."""
+
+    @property
+    def version(self) -> int: ...
+
+    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
+        """Return bits by layer name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A recipe: members of the seven kinds. ``inputs`` is the stream that feeds statistics.
+
+    ``inputs=quantized`` takes statistics behind the already quantized blocks, ``float`` from the float
+    model; ``quantize_stream`` says whether activation and KV quantizers are on while the quantized
+    stream is propagated to the next block.
+    """
+
+    name: str
+    transform: Mapping[str, Transform]
+    grid: Grid
+    solver: Solver
+    act: Act
+    kv: Kv
+    tuner: Mapping[str, Tuner]
+    allocation: Allocation
+    inputs: str
+    quantize_stream: bool
+
+    def stage(self, scope: str) -> list[tuple[str, Transform]]:
+        """Return the (name, transform) pairs of one scope, in the order of the recipe."""
+        return [(name, t) for name, t in self.transform.items() if t.scope == scope]
+
+    def versions(self) -> dict[str, int]:
+        """Return every member's version, for the fingerprint."""
+        members = {"grid": self.grid, "solver": self.solver, "act": self.act, "kv": self.kv}
+        members |= {"allocation": self.allocation} | dict(self.transform) | dict(self.tuner)
+        return {name: member.version for name, member in members.items()}

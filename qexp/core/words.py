@@ -1,0 +1,127 @@
+"""The nouns every stage shares.
+
+Letters in shapes, few and the same everywhere: O outputs, I inputs, J a slice of inputs, G groups,
+D codes per column step, T tokens, B batch, S sequence, C hidden, A heads, E head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from qexp.core.maps import LinearMap
+
+Params = dict[str, Tensor]
+"""What a grid needs to decode, each tensor [O, G, ...]: column slices of a weight slice dimension 1."""
+
+FULL_BITS = 16
+"""At this width nothing is quantized: the identity, not a rounding."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of a decoder block: its module name, role (q, k, v, o, gate, up, down, ...) and shape."""
+
+    name: str
+    role: str
+    block: int
+    outputs: int
+    inputs: int
+
+    @property
+    def weights(self) -> int:
+        """Return how many weights the layer has."""
+        return self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one block that read the same input, in forward order: one Stats, one solve."""
+
+    site: str
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Observations of one shared input over the calibration tokens, float32: they die with their block.
+
+    ``H_II`` is the mean over tokens of x xᵀ; ``absmax_I`` and ``mean_abs_I`` are per input channel.
+    """
+
+    tokens: int
+    H_II: Tensor
+    absmax_I: Tensor
+    mean_abs_I: Tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes uint8 [O, I/D] and the parameters that decode them."""
+
+    codes: Tensor
+    params: Params
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A module whose output is (part of) a site.
+
+    ``kind`` is linear (its rows), norm (its gain w), offset_norm (its gain 1 + w) or embedding.
+    """
+
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """An edge of the network between writers and readers, where an invertible map can be inserted.
+
+    ``kind`` is residual, attn_in, value, attn_out, mlp_in, mlp_mid, head_in or query_key; ``size`` its
+    width; ``head_size`` the width of one head where it has heads; ``admits`` the kinds of map that the
+    writers can absorb (the rest goes online at the readers). ``norms`` stand between a residual site and
+    its readers.
+    """
+
+    name: str
+    kind: str
+    block: int | None
+    size: int
+    writers: tuple[Writer, ...]
+    readers: tuple[str, ...]
+    admits: frozenset[str]
+    head_size: int = 0
+    norms: tuple[Writer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Insert:
+    """Replace the activation x at a site by (x + shift) A; ``kind``: diagonal, orthogonal, per_head, dense, center.
+
+    The readers get the dual of A, so that the function stays what it was.
+    """
+
+    kind: str
+    map: LinearMap
+    shift: Tensor | None = None
+
+
+@dataclass
+class LayerReport:
+    """What the record says of one quantized layer; ``error`` is the relative output error on calibration data."""
+
+    name: str
+    bits: float
+    error: float | None = None
+    sqnr_db: float | None = None
+
+
+@dataclass
+class BlockReport:
+    """What the record says of one block."""
+
+    index: int
+    seconds: float
+    layers: list[LayerReport] = field(default_factory=list)

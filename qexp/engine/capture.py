@@ -1,0 +1,63 @@
+"""Statistics of the inputs of a block's layers over a stream: one ``Stats`` per input group.
+
+Sums run in float32 on the device (TF32 off) and in float64 across micro-batches. A forward is cut short as soon as
+the groups asked for have been seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qexp.core.errors import UserError
+from qexp.core.words import Group, Stats
+from qexp.engine.streams import Kwargs, StopForward, Stream, answers
+from qexp.models.view import ModelView
+
+
+class _Sums:
+    """Running sums of one input; ``last`` stops the forward after this input."""
+
+    def __init__(self, group: Group, last: bool) -> None:
+        self.group, self.last, self.tokens = group, last, 0
+        size = group.layers[0].inputs
+        self.H = torch.zeros(size, size, dtype=torch.float64)
+        self.absmax, self.total = torch.zeros(size), torch.zeros(size, dtype=torch.float64)
+
+    def __call__(self, x: Tensor) -> None:
+        flat = x.flatten(0, -2).float()
+        size = flat.abs()
+        self.tokens += len(flat)
+        self.H += (flat.T @ flat).cpu()
+        self.absmax = torch.maximum(self.absmax, size.amax(0).cpu())
+        self.total += size.sum(0).cpu()
+        if self.last:
+            raise StopForward
+
+    def stats(self) -> Stats:
+        if not bool(torch.isfinite(self.absmax).all()):
+            raise UserError(
+                f"calibration gives NaN or Inf at the input of {self.group.layers[0].name}",
+                "finite activations",
+                "another calibration, or model.dtype=float32",
+            )
+        count = max(1, self.tokens)
+        return Stats(self.tokens, (self.H / count).float(), self.absmax, (self.total / count).float())
+
+
+@torch.no_grad()
+def observe(view: ModelView, block: int, groups: Sequence[Group], stream: Stream, kwargs: Kwargs) -> dict[str, Stats]:
+    """Return the statistics of ``groups`` (in forward order, all of this block) by site name."""
+    sums = {group.site: _Sums(group, last=group is groups[-1]) for group in groups}
+    paths = [view.linear(group.layers[0].name).path for group in groups]
+    for path, one in zip(paths, sums.values(), strict=True):
+        path.observer = one
+    try:
+        for _ in answers(view, block, stream, kwargs):
+            pass
+    finally:
+        for path in paths:
+            path.observer = None
+    return {site: one.stats() for site, one in sums.items()}

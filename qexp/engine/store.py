@@ -1,0 +1,126 @@
+"""Finished blocks on disk: written beside and renamed, so that a kill leaves a whole file or none.
+
+One block is one safetensors file: packed codes and parameters per quantized layer, every other parameter of the block
+as it is after the rewrites, and the online maps of its input paths. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qexp.core.errors import UserError
+from qexp.core.maps import map_from_state
+from qexp.core.words import BlockReport, LayerReport, Quantized
+from qexp.kernels.pack import pack_codes, unpack_codes
+from qexp.models.view import ModelView
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A block after quantization: named tensors, and JSON-able facts about them (bits, shapes, maps, report)."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    @property
+    def report(self) -> BlockReport:
+        """Return what the record says of the block."""
+        about = self.facts["report"]
+        layers = [LayerReport(**layer) for layer in about["layers"]]
+        return BlockReport(index=about["index"], seconds=about["seconds"], layers=layers)
+
+
+class Store:
+    """The blocks/ folder of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def once(self, key: str, make: Callable[[], Finished]) -> Finished:
+        """Return the stored block ``key``, or make, store and return it."""
+        path = self.folder / f"{key}.safetensors"
+        if path.exists():
+            return self._read(path)
+        finished = make()
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file(finished.tensors, part, metadata={"facts": json.dumps(finished.facts)})
+        part.replace(path)
+        return finished
+
+    def _read(self, path: Path) -> Finished:
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+                return Finished(tensors, json.loads(file.metadata()["facts"]))
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise UserError(f"{path} is corrupt ({error})", "a whole block file", "resume=false, or delete the file") from error
+
+
+@torch.no_grad()
+def pack_block(view: ModelView, block: int, report: BlockReport, bits: dict[str, int]) -> Finished:
+    """Return the present state of a block as a :class:`Finished`."""
+    quantized, paths = {}, {}
+    tensors: dict[str, Tensor] = {}
+    for group in view.groups(block):
+        path = view.linear(group.layers[0].name).path
+        paths[group.site] = [_map_facts(tensors, f"map.{group.site}.{i}", step) for i, step in enumerate(path.maps)]
+        for layer in group.layers:
+            linear = view.linear(layer.name)
+            if linear.codes is None or linear.grid is None:
+                continue
+            quantized[layer.name] = {"bits": bits[layer.name], "columns": linear.codes.shape[1], "params": sorted(linear.params)}
+            tensors[f"codes.{layer.name}"] = pack_codes(linear.codes, linear.grid.bits)
+            tensors |= {f"params.{layer.name}.{k}": v.contiguous() for k, v in linear.params.items()}
+    weights = {f"{view.prefix}.{block}.{n}": p for n, p in view.blocks[block].named_parameters()}
+    plain = {n: p for n, p in weights.items() if n.removesuffix(".weight") not in quantized}
+    tensors |= {f"plain.{name}": p.detach().cpu().clone() for name, p in plain.items()}
+    facts = {"quantized": quantized, "paths": paths, "report": asdict(report)}
+    return Finished(tensors, facts)
+
+
+def _map_facts(tensors: dict[str, Tensor], key: str, step: Any) -> dict[str, Any]:
+    kind, parts, numbers = step.state()
+    tensors |= {f"{key}.{name}": value.contiguous() for name, value in parts.items()}
+    return {"kind": kind, "tensors": sorted(parts), "numbers": numbers}
+
+
+@torch.no_grad()
+def install(view: ModelView, block: int, finished: Finished, grids: dict[str, Any]) -> None:
+    """Put a finished block into the model; doing it twice changes nothing."""
+    tensors, facts = finished.tensors, finished.facts
+    for name, value in tensors.items():
+        if name.startswith("plain."):
+            _set(view, name.removeprefix("plain."), value)
+    for site, steps in facts["paths"].items():
+        group = next(g for g in view.groups(block) if g.site == site)
+        path = view.linear(group.layers[0].name).path
+        path.maps = [
+            map_from_state(s["kind"], {n: tensors[f"map.{site}.{i}.{n}"] for n in s["tensors"]}, s["numbers"])
+            for i, s in enumerate(steps)
+        ]
+    for name, about in facts["quantized"].items():
+        linear, grid = view.linear(name), grids[name]
+        codes = unpack_codes(tensors[f"codes.{name}"], grid.bits, about["columns"])
+        linear.install(grid, Quantized(codes, {k: tensors[f"params.{name}.{k}"] for k in about["params"]}))
+
+
+def _set(view: ModelView, name: str, value: Tensor) -> None:
+    """Set a parameter by its full name; a bias that a rewrite has added is added again."""
+    owner, leaf = name.rsplit(".", 1)
+    module = view.model.get_submodule(owner)
+    present = getattr(module, leaf)
+    if present is None:
+        setattr(module, leaf, torch.nn.Parameter(value.to(view.model.device), requires_grad=False))
+    else:
+        present.copy_(value)

@@ -1,0 +1,73 @@
+"""The hidden states that travel from block to block, and one block's forward over them.
+
+A stream is the list of a block's inputs, one tensor [B, S, C] per micro-batch, on the host. Each block gets the
+keyword arguments (mask, rotary tables, ...) that the model itself gives it, recorded once on one sequence: they
+broadcast over the batch because all sequences have the same length and no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.models.view import ModelView
+
+Stream = list[Tensor]
+Kwargs = dict[str, Any]
+MICRO_TOKENS = 4096  # tokens per micro-batch: enough to fill a matrix product, little enough for a block's activations
+
+
+class StopForward(Exception):  # noqa: N818: a signal, not an error
+    """Raised by a hook that has seen what it came for; the rest of the forward is not needed."""
+
+
+@torch.no_grad()
+def embed(view: ModelView, tokens: Tensor) -> tuple[Stream, list[Kwargs]]:
+    """Return the inputs of block 0 for int64 ``tokens`` [N, S] and every block's keyword arguments."""
+    stream: Stream = []
+    kwargs: list[Kwargs] = [{} for _ in view.blocks]
+    if not len(tokens):
+        return stream, kwargs
+
+    def record(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
+            kwargs[index] = {k: v for k, v in given.items() if k != "hidden_states"}
+
+        return hook
+
+    def take(module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
+        stream.append(args[0] if args else given["hidden_states"])
+        raise StopForward
+
+    handles = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(view.blocks)]
+    view.model(tokens[:1].to(view.model.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    handle = view.blocks[0].register_forward_pre_hook(take, with_kwargs=True)
+    for batch in tokens.split(max(1, MICRO_TOKENS // tokens.shape[1])):
+        try:
+            view.model(batch.to(view.model.device), use_cache=False)
+        except StopForward:
+            stream[-1] = stream[-1].cpu()
+    handle.remove()
+    return stream, kwargs
+
+
+@torch.no_grad()
+def advance(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Stream:
+    """Return the outputs of one block, which are the inputs of the next."""
+    return [answer.cpu() for answer in answers(view, block, stream, kwargs)]
+
+
+def answers(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Iterator[Tensor]:
+    """Yield the block's answer per micro-batch; stops silently where a hook raises StopForward."""
+    device = view.model.device
+    for x in stream:
+        try:
+            answer = view.blocks[block](x.to(device), **kwargs)
+        except StopForward:
+            continue
+        yield answer[0] if isinstance(answer, tuple) else answer

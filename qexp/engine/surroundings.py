@@ -1,0 +1,148 @@
+"""What a transform sees around a site, and the oracle that tells what a candidate map would cost.
+
+The damage of a map is the mean squared error of the module behind the site (attention for q/k/v, MLP for gate/up, the
+linear itself for o and down), against its float answer, when the map is inserted and the recipe's grid (plain
+rounding) and activation quantizer are applied. Source of the choice of modules: arXiv:2306.00978, official code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.core.linear import QuantLinear
+from qexp.core.maps import LinearMap
+from qexp.core.rewrite import reader_weight
+from qexp.core.stages import Grid, Method
+from qexp.core.words import FULL_BITS, Group, Site, Stats
+from qexp.engine.streams import Kwargs, StopForward, Stream, answers
+from qexp.models.view import ModelView
+
+Call = tuple[Any, Any, Tensor]
+SEARCH_SEQUENCES = 16  # the paper's Fig. 8: 16 sequences suffice for the search
+
+
+class SiteSurroundings:
+    """One site during block ``block``'s transforms; nothing is left changed behind any call."""
+
+    def __init__(
+        self, view: ModelView, site: Site, stats: Stats | None, damage: Callable[[LinearMap], float] | None
+    ) -> None:
+        self._view, self._site, self._stats, self._damage = view, site, stats, damage
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Return the readers' weights as they would be without online maps, each [O, I] float32."""
+        size = self._site.size
+        return [reader_weight(self._view.linear(n), _Identity(size), True).float().cpu() for n in self._site.readers]
+
+    @property
+    def gain(self) -> Tensor | None:
+        """Return the gain of the norm that writes the site, float64, or None."""
+        return self._view.gain(self._site)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the bias of the norm that writes the site, float64, or None."""
+        return self._view.bias(self._site)
+
+    @property
+    def stats(self) -> Stats:
+        """Return the statistics of the site's activation."""
+        assert self._stats is not None, "a model-scope transform asked for statistics"
+        return self._stats
+
+    def damage(self, candidate: LinearMap) -> float:
+        """Return the mean squared output error with ``candidate`` inserted and everything rounded."""
+        assert self._damage is not None, "a model-scope transform asked for damage"
+        return self._damage(candidate)
+
+
+class _Identity:
+    """The map that does nothing."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x
+
+    dual = undual = apply
+
+    def state(self) -> tuple[str, dict[str, Tensor], dict[str, int | str]]:
+        return "identity", {}, {"size": self.size}
+
+
+def inspected(view: ModelView, group: Group) -> nn.Module:
+    """Return the module whose output tells the damage at a group's input."""
+    block, kind = group.site.split(".", 1)
+    family = view.family
+    if family is not None and kind == "attn_in":
+        return view.model.get_submodule(view.path(int(block), family.attention))
+    if family is not None and kind == "mlp_in" and family.mlp is not None:
+        return view.model.get_submodule(view.path(int(block), family.mlp))
+    return view.linear(group.layers[-1].name)
+
+
+@torch.no_grad()
+def calls(view: ModelView, block: int, module: nn.Module, stream: Stream, kwargs: Kwargs) -> list[Call]:
+    """Return (args, kwargs, float answer) of ``module`` for the first sequences of the stream."""
+    seen: list[tuple[Any, Any]] = []
+
+    def take(_: nn.Module, args: Any, given: Any) -> None:
+        seen.append((args, given))
+        raise StopForward
+
+    handle = module.register_forward_pre_hook(take, with_kwargs=True)
+    count, head = 0, []
+    for x in stream:
+        if count < SEARCH_SEQUENCES:
+            head.append(x[: SEARCH_SEQUENCES - count])
+            count += len(x)
+    for _ in answers(view, block, head, kwargs):
+        pass
+    handle.remove()
+    return [(args, given, _tensor(module(*args, **given))) for args, given in seen]
+
+
+def damage_oracle(
+    view: ModelView, group: Group, folded: bool, method: Method, grids: dict[str, Grid], recorded: list[Call]
+) -> Callable[[LinearMap], float]:
+    """Return the function candidate -> damage for one group; ``recorded`` comes from :func:`calls`."""
+    module, layers = inspected(view, group), [view.linear(layer.name) for layer in group.layers]
+    path, act = layers[0].path, method.act.freeze(None) if method.act.bits < FULL_BITS else None
+
+    @torch.no_grad()
+    def damage(candidate: LinearMap) -> float:
+        kept = [layer.weight for layer in layers]
+        rounded = [_rounded(layer, candidate, folded, grids[about.name]) for layer, about in zip(layers, group.layers, strict=True)]
+        path.maps.insert(0 if folded else len(path.maps), candidate)
+        path.act = act
+        for layer, W in zip(layers, rounded, strict=True):
+            layer.weight = nn.Parameter(W, requires_grad=False)
+        try:
+            errors = [(_tensor(module(*args, **given)) - answer).float().pow(2).mean() for args, given, answer in recorded]
+        finally:
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.weight = weight
+            path.maps.remove(candidate)
+            path.act = None
+        return float(torch.stack(errors).mean())
+
+    return damage
+
+
+def _rounded(layer: QuantLinear, candidate: LinearMap, folded: bool, grid: Grid) -> Tensor:
+    """Return the layer's weight after the candidate's dual, rounded to the nearest grid point."""
+    W = reader_weight(layer, candidate, folded).float()
+    if grid.bits < FULL_BITS:
+        params = grid.fit(W, None)
+        W = grid.decode(grid.encode(W, params), params)
+    return W.to(layer.weight)
+
+
+def _tensor(answer: Any) -> Tensor:
+    return answer[0] if isinstance(answer, tuple) else answer

@@ -1,0 +1,38 @@
+"""Sizes from the bytes that would be stored, every scale, zero point and table included.
+
+Source: methods/evaluation.md section 5. Layers that are not quantized, embeddings, norms and the head count 16 bits.
+"""
+
+from __future__ import annotations
+
+from qexp.core.linear import QuantLinear
+from qexp.core.stages import Method
+from qexp.core.words import FULL_BITS
+from qexp.models.view import ModelView
+
+
+def sizes(view: ModelView, method: Method) -> dict[str, float]:
+    """Return size/bits_per_weight (quantizable linears), size/bytes (whole model), fp/size/bytes, size/kv_bytes_per_token."""
+    linear_weights = sum(layer.weights for layer in view.layers)
+    linear_bits = sum(_bits(view.linear(layer.name)) for layer in view.layers)
+    maps = {id(path): path for layer in view.layers if (path := view.linear(layer.name).path)}
+    online = sum(
+        t.numel() * t.element_size() for p in maps.values() for step in p.maps for t in step.state()[1].values()
+    )
+    parameters = sum(p.numel() for p in {id(p): p for p in view.model.parameters()}.values())
+    others = (parameters - linear_weights) * FULL_BITS
+    per_token = 2 * len(view.blocks) * view.kv_heads * view.head_size
+    kv_bits = method.kv.cost(view.head_size) if method.kv.bits < FULL_BITS else FULL_BITS
+    return {
+        "size/bits_per_weight": linear_bits / linear_weights,
+        "size/bytes": (linear_bits + others) / 8 + online,
+        "fp/size/bytes": view.stored_parameters * FULL_BITS / 8,
+        "size/kv_bytes_per_token": per_token * kv_bits / 8,
+        "fp/size/kv_bytes_per_token": per_token * FULL_BITS / 8,
+    }
+
+
+def _bits(layer: QuantLinear) -> float:
+    """Return the stored bits of one layer's weight."""
+    weights = layer.in_features * layer.out_features
+    return weights * (FULL_BITS if layer.grid is None else layer.grid.cost(layer.out_features, layer.in_features))

@@ -1,0 +1,107 @@
+"""Dynamic fake quantization of activations: each token (or group of a token) is rounded to its own uniform grid.
+
+Symmetric: s = clip max|x| / (2^(b-1) - 1), x^ = s clamp(round(x / s), -2^(b-1), 2^(b-1) - 1).
+Asymmetric: s = clip (max - min) / (2^b - 1), z = round(-clip min / s),
+x^ = s (clamp(round(x / s) + z, 0, 2^b - 1) - z);
+a token's range is first widened to contain 0, a group's is not, and z is not clamped. Rounding is half to even.
+
+This runs before every linear of an evaluation, so it makes two reductions over x and then rounds in place, in chunks of
+rows that stay in cache. Where a gradient is asked for, round passes it straight through.
+
+Source: methods/rtn.md section 3, methods/quarot.md section 3.7. Differs: the reciprocal of s is taken once (kernels.md
+section 7), and s has a floor of float resolution in place of special cases for zero and constant rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 18  # 1 MB of float32: the second-level cache of one core
+
+
+def fake_quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
+    """Round each row of x to its own grid of 2^bits values and return it dequantized.
+
+    Shapes: x [..., I] -> same shape and dtype. Arithmetic in float32 for 16-bit x, else in the dtype of x.
+    Units: clip is a fraction of the row's range. A row with NaN or Inf becomes NaN; the others do not notice.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    grid = _symmetric_grid(rows, bits, clip) if symmetric else _asymmetric_grid(rows, bits, clip, with_zero=True)
+    return _on_grid(rows, grid).reshape(x.shape)
+
+
+def fake_quantize_groups(x: Tensor, bits: int, group: int, symmetric: bool, clip: float) -> Tensor:
+    """Round each group of consecutive columns to its own grid, else as :func:`fake_quantize_per_token`.
+
+    Shapes: x [..., I] -> same shape and dtype. Raises: ValueError if the group does not divide I.
+    """
+    if group < 1 or x.shape[-1] % group:
+        raise ValueError(f"group={group} does not divide the {x.shape[-1]} columns of x")
+    rows = x.reshape(-1, group)
+    grid = _symmetric_grid(rows, bits, clip) if symmetric else _asymmetric_grid(rows, bits, clip, with_zero=False)
+    return _on_grid(rows, grid).reshape(x.shape)
+
+
+class Grid(NamedTuple):
+    """Codes lowest..highest stand for scale * (code - zero); scale and zero are [R, 1], no zero means 0."""
+
+    scale: Tensor
+    zero: Tensor | None
+    lowest: int
+    highest: int
+
+
+def _symmetric_grid(rows: Tensor, bits: int, clip: float) -> Grid:
+    """Return the grid whose greatest code stands for clip * max|x| of each row of [R, I]."""
+    low, high = _range(rows)
+    top = 2 ** (bits - 1) - 1
+    scale = torch.maximum(-low, high).mul(clip).div(top).clamp(min=torch.finfo(low.dtype).tiny)
+    return Grid(scale, None, -top - 1, top)
+
+
+def _asymmetric_grid(rows: Tensor, bits: int, clip: float, with_zero: bool) -> Grid:
+    """Return the grid over clip times the range of each row of [R, I], widened to contain 0 on request."""
+    low, high = _range(rows)
+    if with_zero:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    top, number = 2**bits - 1, torch.finfo(low.dtype)
+    floor = torch.maximum(-low, high) * number.eps + number.tiny  # so that a constant row c comes out as c
+    scale = torch.maximum((high - low).mul(clip).div(top), floor)
+    return Grid(scale, _round(-low * clip / scale), 0, top)
+
+
+def _range(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest value of each row, [R, 1], float64 for float64 and else float32."""
+    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    return (low, high) if rows.dtype == torch.float64 else (low.float(), high.float())
+
+
+def _on_grid(rows: Tensor, grid: Grid) -> Tensor:
+    """Return rows [R, I] rounded to the grid, in their own dtype."""
+    inverse = grid.scale.reciprocal()
+    if rows.requires_grad and torch.is_grad_enabled():
+        zero = 0 if grid.zero is None else grid.zero
+        codes = (_round(rows * inverse) + zero).clamp(grid.lowest, grid.highest)
+        return ((codes - zero) * grid.scale).to(rows.dtype)
+    out, direct = torch.empty_like(rows), rows.dtype == inverse.dtype
+    step = max(1, CHUNK_ELEMENTS // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        place = out[part] if direct else None  # None: a temporary of one chunk
+        codes = torch.mul(rows[part].to(inverse.dtype), inverse[part], out=place).round_()
+        if grid.zero is None:
+            codes.clamp_(grid.lowest, grid.highest)
+        else:
+            codes.add_(grid.zero[part]).clamp_(grid.lowest, grid.highest).sub_(grid.zero[part])
+        codes.mul_(grid.scale[part])
+        if not direct:
+            out[part] = codes
+    return out
+
+
+def _round(v: Tensor) -> Tensor:
+    """Round half to even; a gradient passes straight through, and v + (round(v) - v) is free of rounding error."""
+    return v + (v.round() - v).detach() if v.requires_grad else v.round()

@@ -1,0 +1,211 @@
+"""Around the main path: check the parts of a run, name it by what it computes, keep its record whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from qexp.core.errors import UserError, choose
+from qexp.core.stages import Method
+from qexp.data.calibration import Calibration
+from qexp.engine.context import Run, WarningCollector, cache_folder
+from qexp.engine.fingerprint import claim, digest
+from qexp.eval.evaluation import Evaluation
+from qexp.models.load import ModelSource
+from qexp.report import plots, published
+from qexp.report import record as records
+from qexp.tracking.progress import track
+from qexp.tracking.wandb import Tracker
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the engine: raised when its numbers change
+PACKAGES = ("qexp", "torch", "transformers", "datasets", "lm-eval", "safetensors", "wandb", "hydra-core")
+UNTOUCHED = ("tracking", "output_dir", "resume")  # config keys that do not change the answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The built parts of a run; the keys are those of the config."""
+
+    model: ModelSource
+    method: Method
+    bits: Mapping[str, Any]
+    calibration: Calibration
+    eval: Evaluation
+    tracking: Tracker
+    seed: int
+    device: str
+    output_dir: str
+    resume: bool
+
+    def check(self) -> None:
+        """Raise UserError for what can be known wrong before anything heavy is done."""
+        choose("device", self.device, ("auto", "cpu", "cuda"), "device")
+        for part in (self.model, self.calibration, self.eval, self.tracking):
+            part.check()
+        existing = next(p for p in (Path(self.output_dir), *Path(self.output_dir).absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise UserError(f"output_dir={self.output_dir}: {existing} is a file", "a folder", "output_dir=<folder>")
+
+
+def begin(setup: Setup, config: Mapping[str, Any]) -> Run:
+    """Return the run with its fingerprint and folder; a folder of the same run is continued (or emptied)."""
+    device = _device(setup.device)
+    model = setup.model.identity()
+    parts = {
+        "engine": VERSION,
+        "model": model,
+        "method": _plain(setup.method) | {"versions": setup.method.versions()},
+        "bits": dict(setup.bits),
+        "calibration": setup.calibration.identity(),
+        "eval": setup.eval.identity(),
+        "seed": setup.seed,
+        "device": device,
+    }
+    fingerprint = digest(parts)
+    name = f"{setup.method.name}-{setup.bits['name']}-{setup.model.name}"
+    folder = Path(setup.output_dir) / f"{name}-{fingerprint[:10]}"
+    if not setup.resume and folder.exists():
+        shutil.rmtree(folder)
+    claim(folder, parts)
+    base = {key: value for key, value in model.items() if key != "outliers"}
+    return Run(
+        folder=folder, name=name, fingerprint=fingerprint, seed=setup.seed, device=device, progress=track,
+        cache=cache_folder(), model_identity=digest({**base, "device": device}),
+    )  # fmt: skip
+
+
+def is_finished(work: Run) -> bool:
+    """Return whether the folder holds a completed record of this fingerprint."""
+    path = work.folder / records.FILE_NAME
+    if not path.exists():
+        return False
+    there = records.read(path)
+    return there["status"] == "completed" and there["fingerprint"] == work.fingerprint
+
+
+@contextlib.contextmanager
+def recording(work: Run, config: Mapping[str, Any]) -> Iterator[None]:
+    """Collect warnings; on any failure but a user's mistake leave a record that says ``failed``."""
+    collector = WarningCollector(work.warnings)
+    logging.getLogger("qexp").addHandler(collector)
+    try:
+        yield
+    except UserError:
+        _remove_if_empty(work.folder)
+        raise
+    except BaseException as error:
+        failed = record_of(work, config, {}) | {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        records.write(work.folder, cast("records.Record", failed))
+        raise
+    finally:
+        logging.getLogger("qexp").removeHandler(collector)
+
+
+def finish(
+    work: Run, config: Mapping[str, Any], setup: Setup, measured: dict[str, Any], choices: Mapping[str, str], group: str | None
+) -> None:
+    """Write the record, then show it to the tracker."""
+    record = cast("records.Record", record_of(work, config, measured))
+    records.write(work.folder, record)
+    stored = records.read(work.folder / records.FILE_NAME)
+    where = setup.tracking.publish(stored, choices, group, Path(setup.output_dir), lambda: plots.figures([stored]))
+    if where:
+        log.info("W&B: %s", where)
+
+
+def record_of(work: Run, config: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record (schema of design.md section 3) of a run."""
+    cost = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **measured.get("cost", {})}
+    if work.device == "cuda":
+        import torch
+
+        cost["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    return {
+        "schema": records.SCHEMA,
+        "status": "completed",
+        "fingerprint": work.fingerprint,
+        "name": work.name,
+        "config": dict(config),
+        "warnings": work.warnings,
+        "environment": environment(),
+        "metrics": measured.get("metrics", {}),
+        "window_losses": measured.get("window_losses", {}),
+        "cost": cost,
+        "blocks": [asdict(block) for block in measured.get("blocks", [])],
+        "diagnostics": measured.get("diagnostics", {}),
+        "published": published.match(config),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return what the numbers were made with: versions, commit, processor, threads."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "commit": _commit(),
+        "command": Path(sys.argv[0]).name + " " + " ".join(sys.argv[1:]),
+        "versions": versions,
+    }
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # Hessians need all their bits
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU", "a CUDA device and a CUDA build of torch", "device=cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def _plain(member: Any) -> Any:
+    """Return a member (or mapping of members) as plain data with class names, for the fingerprint."""
+    if is_dataclass(member) and not isinstance(member, type):
+        return {"class": type(member).__qualname__} | {k: _plain(getattr(member, k)) for k in member.__dataclass_fields__}
+    if isinstance(member, Mapping):
+        return {key: _plain(value) for key, value in member.items()}
+    return list(member) if isinstance(member, tuple | list) else member
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing but its claim was made: a user's mistake leaves nothing behind."""
+    blocks = folder / "blocks"
+    if not (blocks.exists() and any(blocks.iterdir())) and not (folder / records.FILE_NAME).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return platform.processor()
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,69 @@
+"""The attention door: where queries, keys and values arrive after RoPE, and are rotated and quantized.
+
+transformers lets a model choose a registered attention function; ours is its scaled-dot-product attention
+with an optional step in front. A module without a ``door`` computes exactly what "sdpa" computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from qexp.core.maps import LinearMap
+from qexp.core.stages import Kv
+
+NAME = "qexp"
+
+
+@dataclass
+class Door:
+    """What one attention module does to q, k, v; ``rotation`` (R3) acts only where keys are quantized."""
+
+    rotation: LinearMap | None = None
+    kv: Kv | None = None
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Return the attention output [B, S, A, E] for q [B, A, S, E] and k, v [B, A_kv, S, E]."""
+    door = getattr(module, "door", None)
+    if door is not None and door.kv is not None:
+        if door.rotation is not None:
+            query, key = door.rotation.apply(query), door.rotation.apply(key)
+        key, value = door.kv(key, value)
+    if kwargs.get("softcap") is not None:
+        return _softcapped(query, key, value, attention_mask, kwargs), None
+    answer: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return answer
+
+
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """Return attention with capped scores (Gemma 2), which "sdpa" refuses; scores in float32."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
+    if mask is None:
+        S, K = scores.shape[-2:]
+        mask = torch.ones(S, K, dtype=torch.bool, device=scores.device).tril(K - S)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).contiguous()
+
+
+def install(model: PreTrainedModel) -> bool:
+    """Switch ``model`` to our attention and return True, or False where the architecture has no such door."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, NotImplementedError):
+        return False
+    return bool(model.config._attn_implementation == NAME)

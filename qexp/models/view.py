@@ -1,0 +1,182 @@
+"""A decoder as the engine sees it: blocks, layers by role, groups that share an input, and sites.
+
+The model stays a transformers model. A known family (``families.py``) has sites, where transforms insert maps;
+any other architecture gets the generic view: every linear of its blocks, each with an input of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qexp.core.errors import UserError
+from qexp.core.linear import QuantLinear, replace_linears
+from qexp.core.norms import NORM, OFFSET_NORM, bias_of, gain_of
+from qexp.core.words import Group, Layer, Site, Writer
+from qexp.models import attention
+from qexp.models.families import Family, family_of
+
+log = logging.getLogger(__name__)
+
+READERS = {"attn_in": ("q", "k", "v"), "attn_out": ("o",), "mlp_in": ("gate", "up"), "mlp_mid": ("down",)}
+
+
+class ModelView:
+    """A causal LM with its linears replaced by ``QuantLinear``: same numbers, ready to be rewritten."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.family = family_of(self.config)
+        self.stored_parameters = sum(p.numel() for p in model.parameters())  # of the float model: tied ones once
+        self.prefix = self.family.blocks if self.family else _largest_module_list(model)
+        self.blocks = list(model.get_submodule(self.prefix))
+        self.has_door = attention.install(model)
+        self._groups = [self._find_groups(i) for i in range(len(self.blocks))]
+        self.layers = [layer for groups in self._groups for group in groups for layer in group.layers]
+        if not self.layers:
+            raise UserError(f"no linear layers in the blocks of a {self.config.model_type}", "nn.Linear layers to quantize")
+        replace_linears(model, [tuple(layer.name for layer in g.layers) for gs in self._groups for g in gs])
+        for block in range(len(self.blocks) if self.has_door and self.family else 0):
+            model.get_submodule(self.path(block, self._family.attention)).door = attention.Door()
+
+    @property
+    def _family(self) -> Family:
+        if self.family is None:
+            raise UserError(
+                f"a transform on {self.config.model_type}, whose sites are not described",
+                "one of llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, opt, or a method without transforms",
+                "method.transform=[]",
+            )
+        return self.family
+
+    @property
+    def head_size(self) -> int:
+        """Return the width of one attention head, as the config says it or as hidden / heads."""
+        explicit = getattr(self.config, "head_dim", None)
+        return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """Return the number of key/value heads."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    def path(self, block: int, name: str) -> str:
+        """Return the full module name of ``name`` inside a block."""
+        return f"{self.prefix}.{block}.{name}"
+
+    def linear(self, name: str) -> QuantLinear:
+        """Return the quantizable layer of this name."""
+        module = self.model.get_submodule(name)
+        assert isinstance(module, QuantLinear)
+        return module
+
+    def door(self, block: int) -> attention.Door | None:
+        """Return the attention door of a block, or None where the architecture has none."""
+        if self.family is None or not self.has_door:
+            return None
+        door: attention.Door = self.model.get_submodule(self.path(block, self.family.attention)).door
+        return door
+
+    def groups(self, block: int) -> list[Group]:
+        """Return the groups of layers that share an input, in forward order."""
+        return self._groups[block]
+
+    def _find_groups(self, block: int) -> list[Group]:
+        shapes = {n: m for n, m in self.blocks[block].named_modules() if isinstance(m, nn.Linear)}
+        if self.family is None:
+            found = [(name, [(name.rsplit(".", 1)[-1], name)]) for name in shapes]
+        else:
+            linears = self.family.linears
+            found = [(site, [(r, linears[r]) for r in roles if r in linears]) for site, roles in READERS.items()]
+        return [
+            Group(
+                site=f"{block}.{site}",
+                layers=tuple(
+                    Layer(self.path(block, name), role, block, shapes[name].out_features, shapes[name].in_features)
+                    for role, name in members
+                ),
+            )
+            for site, members in found
+        ]
+
+    def sites(self, *kinds: str) -> list[Site]:
+        """Return the sites of these kinds in forward order: residual and head_in first, then block by block."""
+        sites = [self._model_site(kind) for kind in kinds if kind in ("residual", "head_in")]
+        inner = [kind for kind in kinds if kind not in ("residual", "head_in")]
+        return sites + [self._block_site(block, kind) for block in range(len(self.blocks)) for kind in inner]
+
+    def _model_site(self, kind: str) -> Site:
+        family, blocks = self._family, range(len(self.blocks))
+        final = Writer(family.final_norm, family.norm_kind)
+        if kind == "head_in":
+            size = self.config.hidden_size
+            return Site("head_in", kind, None, size, (final,), (family.head,), frozenset({"diagonal"}))
+        outputs = [self.path(b, family.linears[r]) for b in blocks for r in ("o", "down")]
+        readers = [self.path(b, family.linears[r]) for b in blocks for r in ("q", "k", "v", "gate", "up") if r in family.linears]
+        norms = [Writer(self.path(b, n), family.norm_kind) for b in blocks for n in (family.attention_norm, family.mlp_norm)]
+        writers = [Writer(e, "embedding") for e in family.embeddings] + [Writer(o, "linear") for o in outputs]
+        admits = frozenset() if family.post_norms else frozenset({"orthogonal"} | ({"center"} if family.layer_norm else set()))
+        return Site(
+            "residual", kind, None, self.config.hidden_size, tuple(writers), (*readers, family.head), admits,
+            norms=(*norms, final),
+        )  # fmt: skip
+
+    def _block_site(self, block: int, kind: str) -> Site:
+        family, d = self._family, self.head_size
+
+        def named(*roles: str) -> tuple[str, ...]:
+            return tuple(self.path(block, family.linears[r]) for r in roles if r in family.linears)
+
+        name, heads = f"{block}.{kind}", self.config.num_attention_heads
+        if kind in ("attn_in", "mlp_in"):
+            norm = family.attention_norm if kind == "attn_in" else family.mlp_norm
+            writers = (Writer(self.path(block, norm), family.norm_kind),)
+            readers = named(*READERS[kind])
+            return Site(name, kind, block, self.config.hidden_size, writers, readers, frozenset({"diagonal"}))
+        if kind == "value":
+            admits = {"per_head"} | ({"diagonal"} if heads == self.kv_heads else set())
+            writers = (Writer(named("v")[0], "linear"),)
+            return Site(name, kind, block, self.kv_heads * d, writers, named("o"), frozenset(admits), head_size=d)
+        if kind == "mlp_mid":
+            admits = {"diagonal"} if family.scalable_middle else set()
+            writers = (Writer(named("up")[0], "linear"),)
+            return Site(name, kind, block, self.linear(named("down")[0]).in_features, writers, named("down"), frozenset(admits))
+        if kind == "attn_out":
+            return Site(name, kind, block, heads * d, (), named("o"), frozenset(), head_size=d)
+        assert kind == "query_key"
+        return Site(name, kind, block, d, (), (self.path(block, family.attention),), frozenset(), head_size=d)
+
+    @torch.no_grad()
+    def untie(self) -> None:
+        """Give the output head a weight of its own, so that folding into it does not reach the embedding."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is not None and head.weight is embedding.weight:
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            self.config.tie_word_embeddings = self.model.config.tie_word_embeddings = False
+            log.info("embedding and output head untied: rewrites reach them separately")
+
+    def gain(self, site: Site) -> Tensor | None:
+        """Return the gain [I] of the norm that writes ``site``, float64, or None."""
+        writer = next((w for w in site.writers if w.kind in (NORM, OFFSET_NORM)), None)
+        return None if writer is None else gain_of(self.model.get_submodule(writer.name), writer.kind)
+
+    def bias(self, site: Site) -> Tensor | None:
+        """Return the bias [I] of the norm that writes ``site``, float64, or None."""
+        writer = next((w for w in site.writers if w.kind in (NORM, OFFSET_NORM)), None)
+        return None if writer is None else bias_of(self.model.get_submodule(writer.name))
+
+
+def _largest_module_list(model: nn.Module) -> str:
+    """Return the name of the module list with most linear parameters: the decoder blocks of any architecture."""
+    sizes = {
+        name: sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    if not sizes or not max(sizes.values()):
+        raise UserError("a model without decoder blocks of linear layers", "a causal LM")
+    return max(sizes, key=lambda name: sizes[name])

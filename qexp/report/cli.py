@@ -1,0 +1,71 @@
+"""``qexp-report``: compare all runs below some folders, in the terminal, as Markdown, CSV and one HTML file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qexp.core.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exits 2 with one line on stderr for a user's mistake."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        report(arguments)
+    except UserError as error:
+        sys.stderr.write(f"qexp-report: {error}\n")
+        raise SystemExit(2) from None
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Read the records, print the table and write the files that were asked for. Raises: UserError."""
+    from qexp.report import compare, record, rows, table
+
+    records = record.find(arguments.folders)
+    lines = rows.make(records, by_seed=arguments.by_seed)
+    if arguments.baseline:
+        compare.against(lines, arguments.baseline)
+    table.show(lines)
+    table.say([*compare.summary(lines), *table.failures(lines)])
+    for path, text in _files(arguments, records, lines).items():
+        _save(path, text)
+        table.say([f"wrote {path}"])
+
+
+def _files(arguments: argparse.Namespace, records: list, lines: list) -> dict[Path, str]:  # type: ignore[type-arg]
+    from qexp.report import table
+
+    files: dict[Path, str] = {}
+    if arguments.csv:
+        files[arguments.csv] = table.comma_separated(lines)
+    if arguments.markdown:
+        files[arguments.markdown] = table.markdown(lines)
+    if arguments.html:
+        from qexp.report import html  # matplotlib: only where it is needed
+
+        files[arguments.html] = html.render(records, lines, arguments.baseline)
+    return files
+
+
+def _save(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", "a place that can be written") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qexp-report", description="Compare all qexp runs found below some folders.")
+    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="folder with runs, e.g. outputs")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained HTML report")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write the raw values")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as Markdown")
+    parser.add_argument("--baseline", metavar="METHOD", help="hold every row against this method's row")
+    parser.add_argument("--by-seed", action="store_true", help="one row per run instead of one per setting")
+    return parser

@@ -1,0 +1,136 @@
+"""Quality over size: which settings does no other beat in both? One panel per evaluated set and measure.
+
+Quality is the gap in log perplexity to the float model (or KL), on a logarithmic axis where its range asks for one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qexp.report import labels, rows
+from qexp.report.rows import Row
+from qexp.report.style import INK, MARKERS, PALETTE, literal, new_figure, plain_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Point = tuple[Row, float, float]  # row, bits per weight, value
+
+_LOG_ABOVE = 3.0  # ratio of largest to smallest value from which an axis is logarithmic
+_LABELLED = 30  # points; above, names would cover the plot and the legend must do
+
+
+def draw(lines: Sequence[Row]) -> Figure | None:
+    """Plot the gap in log perplexity and the KL of each set over bits per weight; None where nothing was measured."""
+    keys = [_quality(lines, name) for name in rows.sets(lines, "perplexity")]
+    keys += [f"divergence/kl/{name}" for name in rows.sets(lines, "divergence/kl")]
+    panels = [(key, points) for key in keys if (points := _points(lines, key))]
+    if not panels:
+        return None
+    wide = min(2, len(panels))
+    tall = (len(panels) + wide - 1) // wide
+    figure = new_figure(5.6 * wide + 0.6, 4.3 * tall)
+    styles = _styles([row for _, points in panels for row, _, _ in points])
+    axes = figure.subplots(tall, wide, squeeze=False).ravel()
+    for ax, (key, points) in zip(axes, panels, strict=False):
+        _panel(ax, key, points, styles)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    _legend(figure, styles)
+    figure.draw_without_rendering()  # the layout must be final before labels look for room in it
+    figure.set_layout_engine("none")
+    for ax, (_, points) in zip(axes, panels, strict=False):
+        _name_points(ax, points)
+    return figure
+
+
+def _quality(lines: Sequence[Row], name: str) -> str:
+    """Return the key to plot for a set: the gap, whose log axis separates methods, else perplexity itself."""
+    return f"gap/{name}" if f"gap/{name}" in {key for row in lines for key in row.metrics} else f"perplexity/{name}"
+
+
+def _points(lines: Sequence[Row], key: str) -> list[Point]:
+    """Return (row, bits per weight, value) of quantized rows where both are finite and positive."""
+    found = [(row, row.metrics.get("size/bits_per_weight"), row.metrics.get(key)) for row in lines if not row.is_float]
+    return [(row, x, y) for row, x, y in found if x is not None and y is not None and y > 0]
+
+
+def _styles(lines: Sequence[Row]) -> dict[str, dict[str, str]]:
+    """Return a colour per method and a marker per activation and cache setting, both in alphabetical order."""
+    methods, kinds = sorted({row.method for row in lines}), sorted({_activations(row) for row in lines})
+    return {
+        "colour": {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(methods)},
+        "marker": {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(kinds)},
+    }
+
+
+def _activations(row: Row) -> str:
+    """Return what is left of the name of the bits without weights and groups: ``a4kv4``, ``a16``."""
+    return re.sub(r"^w[\d.]+|g-?\d+", "", row.bits) or "a16"
+
+
+def _panel(ax: Axes, key: str, points: Sequence[Point], styles: dict[str, dict[str, str]]) -> None:
+    plain_axes(ax)
+    for row, x, y in points:
+        colour, marker = styles["colour"][row.method], styles["marker"][_activations(row)]
+        ax.plot([x], [y], linestyle="none", markersize=8, markeredgewidth=0, alpha=0.9, color=colour, marker=marker)
+    values = [y for _, _, y in points]
+    if max(values) / min(values) > _LOG_ABOVE:
+        ax.set_yscale("log")
+    ax.plot(*zip(*_frontier(points), strict=True), color=INK, linewidth=1, alpha=0.55, zorder=1)
+    ax.margins(x=0.2, y=0.14)
+    ax.set_xlabel("bits per weight, all that is stored", color=INK)
+    ax.set_title(_panel_title(key, points), loc="left", fontsize=11, color=INK)
+    ax.grid(visible=True, color=INK, alpha=0.16, linewidth=0.6)
+
+
+def _panel_title(key: str, points: Sequence[Point]) -> str:
+    kind, _, name = key.rpartition("/")
+    if kind == "gap":
+        reference = points[0][0].metrics.get(f"fp/perplexity/{name}")
+        return f"log perplexity above the float model on {literal(name)}, nats" + (
+            f" (float {reference:#.4g})" if reference else ""
+        )
+    return (
+        f"perplexity on {literal(name)}"
+        if kind == "perplexity"
+        else f"KL(float ‖ quantized) on {literal(name)}, nats per token"
+    )
+
+
+def _name_points(ax: Axes, points: Sequence[Point]) -> None:
+    """Write methods beside points: all of a few, of many only those on the frontier."""
+    frontier = _frontier(points)
+    named = points if len(points) <= _LABELLED else [point for point in points if point[1:] in frontier]
+    labels.place(ax, [(x, y, literal(row.method)) for row, x, y in named], INK)
+
+
+def _frontier(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """Return the coordinates that no other point beats in both, by rising bits."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted((x, y) for _, x, y in points):
+        if not best or y < best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def _legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
+    from matplotlib.lines import Line2D
+
+    look: dict[str, Any] = {"linestyle": "none", "markersize": 7, "markeredgewidth": 0}
+    handles = [
+        Line2D([], [], marker="o", color=colour, label=literal(name), **look)
+        for name, colour in styles["colour"].items()
+    ]
+    handles += [Line2D([], [], marker=mark, color=INK, label=name, **look) for name, mark in styles["marker"].items()]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(9, len(handles)),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )

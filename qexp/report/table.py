@@ -1,0 +1,96 @@
+"""The comparison as a table: printed, as Markdown or as CSV.
+
+CSV holds raw values of every column under metric keys; the other two hold readable text, and leave out what no row has.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from qexp.report import columns
+from qexp.report.columns import Column
+from qexp.report.rows import Row
+
+_ENDLESS = 10_000  # characters
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the table to the terminal; what is equal in all rows or finds no room goes to the caption instead."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_ENDLESS)  # a pipe or a file has no width to respect
+    varying, caption = _fit([column for column in columns.find(rows) if not column.csv_only], rows, console.width)
+    table = Table(box=box.SIMPLE_HEAD, caption=escape(caption), caption_justify="left", pad_edge=False)
+    for column in varying:
+        table.add_column(escape(column.title), justify="right" if column.kind == "number" else "left", overflow="fold")
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        ends = following is not None and (following.model, following.bits) != (row.model, row.bits)
+        cells = (escape(_terminal_text(column, row)) for column in varying)
+        table.add_row(*cells, style="red" if row.failed else None, end_section=ends)
+    console.print(table)
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """Return one line per failed run, with its whole error in that line."""
+    return [f"{row.runs[0]['name']}: {columns.status(row)}" for row in rows if row.failed]
+
+
+def say(lines: Sequence[str]) -> None:
+    """Print plain lines below the table."""
+    for line in lines:
+        print(line)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the table as GitHub Markdown; text of the records can neither break the table nor become HTML."""
+    visible = [column for column in columns.find(rows) if not column.csv_only]
+    lines = [
+        [_markdown_cell(column.title) for column in visible],
+        ["--:" if c.kind == "number" else ":--" for c in visible],
+    ]
+    lines += [[_markdown_cell(column.text(row)) for column in visible] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def comma_separated(rows: Sequence[Row]) -> str:
+    """Return the table as CSV (RFC 4180) with raw values; an absent or not finite number is an empty field."""
+    out = io.StringIO(newline="")
+    every = columns.find(rows)
+    writer = csv.writer(out)
+    writer.writerow([column.key for column in every])
+    writer.writerows([["" if (v := column.value(row)) is None else v for column in every] for row in rows])
+    return out.getvalue()
+
+
+def _fit(visible: Sequence[Column], rows: Sequence[Row], width: int) -> tuple[list[Column], str]:
+    """Split columns into those to print within ``width`` characters, and a caption about the rest."""
+    kept, facts = columns.split_constant(visible, rows)
+    left_out: list[str] = []
+    while sum(_width(column, rows) + 3 for column in kept) > width and any(column.spare for column in kept):
+        least = max(kept, key=lambda column: column.spare)
+        kept.remove(least)
+        left_out.append(least.title)
+    facts += [f"left out for width (see --csv, --html): {', '.join(left_out)}"] if left_out else []
+    return kept, "   ".join(facts)
+
+
+def _width(column: Column, rows: Sequence[Row]) -> int:
+    return max(len(text) for text in (column.title, *(_terminal_text(column, row) for row in rows)))
+
+
+def _terminal_text(column: Column, row: Row) -> str:
+    """Return the cell's text, but of a failure only the word: its error stands below the table."""
+    return "failed" if row.failed and column.key == "status" else column.text(row)
+
+
+def _markdown_cell(text: str) -> str:
+    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " "), ("`", "\\`")):
+        text = text.replace(mark, safe)
+    return text

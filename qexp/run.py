@@ -1,0 +1,66 @@
+"""Screen 1: one run, from a resolved config to a record. What Hydra does before is in cli.py."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qexp.core.build import build
+from qexp.engine.checks import check_method, check_model
+from qexp.engine.context import Run
+from qexp.launch import Setup, begin, finish, is_finished, recording
+
+log = logging.getLogger(__name__)
+
+
+def run(config: dict[str, Any], choices: Mapping[str, str], group: str | None) -> Path:
+    """Carry out the run of ``config`` (or find it finished) and return the folder of its record.
+
+    Raises: UserError for a mistake in the configuration or its inputs, before anything heavy where it can be known.
+    """
+    setup = Setup(**{key: build(config[key], key) for key in Setup.__annotations__})
+    setup.check()
+    check_method(setup.method)
+    work = begin(setup, config)
+    if is_finished(work):
+        log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
+        return work.folder
+    with recording(work, config):
+        finish(work, config, setup, measure(setup, work), choices, group)
+    return work.folder
+
+
+def measure(setup: Setup, work: Run) -> dict[str, Any]:
+    """Quantize and evaluate; return the parts of the record that come from doing so."""
+    from qexp.engine.blocks import quantize_blocks
+    from qexp.engine.diagnostics import Surfaces
+    from qexp.engine.transforming import transform_model
+    from qexp.eval.size import sizes
+    from qexp.models.outliers import inject, sampled_text
+    from qexp.models.view import ModelView
+
+    model, tokenizer = setup.model.load(work.device, work.cache)
+    tokens = setup.calibration.load(model, tokenizer, work.cache, work.model_identity, work.progress)
+    sets = setup.eval.sets(model, tokenizer, work.cache, work.model_identity, work.progress)
+    text = sampled_text(model, tokenizer, setup.model.outliers)
+    view = ModelView(model)
+    inject(view, setup.model.outliers, text)
+    check_model(view, setup.method, tokens)
+    baseline = setup.eval.baseline(view.model, tokenizer, sets, work.cache / "baseline", work.progress)
+
+    surfaces, began = Surfaces(view, tokens), time.perf_counter()
+    transform_model(view, setup.method, setup.seed)
+    blocks = quantize_blocks(view, tokens, setup.method, work)
+    quantized = time.perf_counter()
+    results = setup.eval.run(view.model, tokenizer, sets, baseline, work.progress)
+    seconds = {"quantize_seconds": quantized - began, "evaluate_seconds": time.perf_counter() - quantized}
+    return {
+        "metrics": {**results.metrics, **sizes(view, setup.method)},
+        "window_losses": results.window_losses,
+        "blocks": blocks,
+        "diagnostics": {"activations": surfaces.compare()},
+        "cost": seconds,
+    }

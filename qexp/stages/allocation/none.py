@@ -1,0 +1,21 @@
+"""Leave every weight as it is: the float baseline as a recipe like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qexp.core.stages import Sensitivity
+from qexp.core.words import FULL_BITS, Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoAllocation:
+    """The null member."""
+
+    version: ClassVar[int] = 1
+
+    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:  # noqa: ARG002
+        """Return 16 bits by layer name."""
+        return {layer.name: FULL_BITS for layer in layers}

@@ -1,0 +1,23 @@
+"""Give every layer the same bits: what every paper means where it says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qexp.core.stages import Sensitivity
+from qexp.core.words import Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """The same ``bits`` everywhere; sensitivities are never asked for."""
+
+    bits: int
+
+    version: ClassVar[int] = 1
+
+    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:  # noqa: ARG002
+        """Return bits by layer name."""
+        return {layer.name: self.bits for layer in layers}

@@ -1,0 +1,150 @@
+"""Uniform integer grid: w ≈ s (q - z) with q in 0 .. 2^b - 1 and one (s, z) per tensor, row or group of columns.
+
+Codes are always unsigned. Five conventions (a = largest magnitude of a slice, [lo, hi] its range with zero inside):
+    restricted      s = a / (2^(b-1) - 1)   z = 2^(b-1)        QuaRot, SmoothQuant: ±a are levels
+    half_step       s = 2a / (2^b - 1)      z = 2^(b-1)        GPTQ --sym: +a is cut by half a step
+    full_unsigned   s = a / 2^(b-1)         z = 2^(b-1)        AWQ eq. 1: +a is cut by a whole step
+    full_signed     s = ±a / 2^(b-1)        z = 2^(b-1)        auto-round: the extreme element is code 0, exactly
+    asymmetric      s = (hi - lo) / (2^b - 1)  z = round(-lo / s), stored as an integer
+Range rules: minmax; mse (GPTQ's search, sum |e|^2.4); diag_h (sum H_jj e²); output (AWQ's clip, e H_gg eᵀ).
+
+Source: methods/rtn.md section 3; arXiv:2210.17323 (grid and search of its code); arXiv:2306.00978 (clip search).
+Differs: half_step takes lo = -hi for rows without a negative weight too, where GPTQ's code loses half the range; AWQ's
+clip is measured with the Hessian of all tokens instead of 512 of them, on a range that contains zero.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qexp.core.errors import NumericalError, UserError, choose
+from qexp.core.words import FULL_BITS, Layer, Params
+from qexp.stages.grid import _shared as shared
+
+log = logging.getLogger(__name__)
+
+SYMMETRIES = ("restricted", "half_step", "full_unsigned", "full_signed", "asymmetric")
+RANGES = ("minmax", "mse", "diag_h", "output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integer:
+    """The grid. Params: ``scale`` [O, G] in the dtype of the weight, and ``zero`` [O, G] uint8 if asymmetric.
+
+    Scales are rounded to ``scale_dtype`` before any code is derived; float32 leaves the arithmetic's own dtype (so
+    float64 weights get exact scales). ``minmax_roles`` are roles of layers that keep the plain range;
+    ``shrink_steps`` candidates 1 - i / ``shrink_grid`` are searched.
+    """
+
+    bits: int
+    group: int
+    symmetry: str
+    range: str
+    shrink_grid: int
+    shrink_steps: int
+    exponent: float
+    scale_dtype: str
+    minmax_roles: Sequence[str]
+
+    version: ClassVar[int] = 1
+    dim: ClassVar[int] = 1
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return "activations" if the range rule weighs errors with the Hessian."""
+        return frozenset({"activations"} if self.range in ("diag_h", "output") else ())
+
+    def for_layer(self, layer: Layer, bits: int) -> Integer:
+        """Return this grid at ``bits`` for ``layer``, with the plain range where its role asks for it."""
+        return replace(self, bits=bits, range="minmax" if layer.role in self.minmax_roles else self.range)
+
+    def check(self, layer: Layer) -> None:
+        """Raise UserError if a setting is unknown or the layer's shape does not fit."""
+        choose("grid.symmetry", self.symmetry, SYMMETRIES, "method.grid.symmetry")
+        choose("grid.range", self.range, RANGES, "method.grid.range")
+        choose("grid.scale_dtype", self.scale_dtype, shared.SCALE_BITS, "method.grid.scale_dtype")
+        if not 2 <= self.bits <= 8 and self.bits != FULL_BITS:
+            raise UserError(f"grid.bits={self.bits}", f"2 to 8, or {FULL_BITS} for none", "bits.weight=4")
+        if self.group == 0 and self.range == "output":
+            raise UserError("grid.range=output with group=0", "a row or group to measure", "bits.group=-1")
+        if self.group < -1 or (self.group > 0 and layer.inputs % self.group):
+            fits = max(g for g in range(1, layer.inputs + 1) if layer.inputs % g == 0 and g <= max(self.group, 1))
+            got = f"grid.group={self.group} does not divide in_features={layer.inputs} of {layer.name}"
+            raise UserError(got, f"a divisor of {layer.inputs}", f"bits.group={fits} or -1")
+
+    def fit(self, W_OJ: Tensor, H_JJ: Tensor | None) -> Params:
+        """Return scale [O, G] (and zero) for a weight or a slice of whole groups.
+
+        Raises: NumericalError for weights that are not finite and for scales that overflow ``scale_dtype``.
+        """
+        if not W_OJ.isfinite().all():
+            raise NumericalError("the weight has elements that are not finite")
+        params = self._params(self._range(W_OJ, H_JJ))
+        shared.check_scale(params["scale"], self.scale_dtype)
+        return {name: p.expand(len(W_OJ), -1).contiguous() for name, p in params.items()}
+
+    def encode(self, W_OJ: Tensor, params: Params) -> Tensor:
+        """Return the nearest codes, uint8 [O, J]; J is one column or more of one group, or G whole groups."""
+        W, scale, zero = self._grouped(W_OJ, params)
+        return self._codes(W, scale, zero).to(torch.uint8).reshape(W_OJ.shape)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """Return s (q - z) [O, J] in the dtype of the scale."""
+        levels, scale, zero = self._grouped(codes.to(params["scale"].dtype), params)
+        return levels.sub_(zero).mul_(scale).reshape(codes.shape)
+
+    def cost(self, outputs: int, inputs: int) -> float:
+        """Return bits per weight: the code, and per slice its scale and, packed at b bits, its zero point."""
+        columns = {-1: inputs, 0: outputs * inputs}.get(self.group, self.group)
+        zero_bits = self.bits if self.symmetry == "asymmetric" else 0
+        return self.bits + (shared.SCALE_BITS[self.scale_dtype] + zero_bits) / columns
+
+    def _grouped(self, X_OJ: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor | int]:
+        """Return X, scale and zero in shapes that broadcast: as they are for one group, else with an axis of groups."""
+        scale, zero = params["scale"], params.get("zero", 1 << (self.bits - 1))
+        if scale.shape[1] == 1:
+            return X_OJ, scale, zero
+        zero = zero[..., None] if isinstance(zero, Tensor) else zero
+        return X_OJ.reshape(*scale.shape, -1), scale[..., None], zero
+
+    def _codes(self, W: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:
+        """Return the nearest codes, still in floating point."""
+        return torch.div(W, scale).round_().add_(zero).clamp_(0, (1 << self.bits) - 1)
+
+    def _quantize(self, W_OGg: Tensor, ends: shared.Range) -> Tensor:
+        """Return slices rounded to the grid of this range."""
+        W, scale, zero = self._grouped(W_OGg.flatten(1), self._params(ends))
+        return self._codes(W, scale, zero).sub_(zero).mul_(scale).view(W_OGg.shape)
+
+    def _range(self, W_OJ: Tensor, H_JJ: Tensor | None) -> shared.Range:
+        """Return the range of every slice by this grid's rule."""
+        W_OGg, rule = shared.slices(W_OJ, self.group), self.range
+        if H_JJ is None and rule in ("diag_h", "output"):
+            rule = {"diag_h": "mse", "output": "minmax"}[rule]
+            log.warning("grid range %s has no Hessian here: %s is used", self.range, rule)
+        if rule == "minmax":
+            return shared.extremes(W_OGg)
+        change = shared.clip if rule == "output" else shared.shrink
+        candidates = [partial(change, ratio=1 - i / self.shrink_grid) for i in range(self.shrink_steps)]
+        H_JJ = None if H_JJ is None else H_JJ.to(W_OJ.dtype)
+        measure = shared.measure_of(rule, H_JJ, self.exponent, len(W_OJ), self.group)
+        return shared.search_range(W_OGg, candidates, self._quantize, measure)
+
+    def _params(self, ends: shared.Range) -> Params:
+        """Return scale and zero [O, G] as they are stored; slices of zeros get scale 1."""
+        (lo, hi), half, top = ends, 1 << (self.bits - 1), (1 << self.bits) - 1
+        stored = partial(shared.stored_scale, dtype=self.scale_dtype)
+        if self.symmetry == "asymmetric":
+            scale = stored((hi - lo) / top)
+            return {"scale": scale, "zero": torch.round(-lo / scale).clamp_(0, top).to(torch.uint8)}
+        if self.symmetry == "full_signed":
+            return {"scale": stored(torch.where(-lo >= hi, -lo, -hi) / half)}
+        steps = {"restricted": half - 1, "half_step": top / 2, "full_unsigned": half}[self.symmetry]
+        return {"scale": stored(torch.maximum(-lo, hi) / steps)}

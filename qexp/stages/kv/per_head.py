@@ -1,0 +1,70 @@
+"""Quantize the key and the value of each head of each token by themselves, in groups along the head.
+
+asymmetric: s = clip (hi - lo) / (2^b - 1) on the true range of a group, z = round(-lo / s);
+symmetric: s = clip max|x| / (2^(b-1) - 1). Every position is quantized, the current one too, as QuaRot simulates it.
+
+Source: arXiv:2404.00456 section 4 and methods/kv_cache.md 3.2, 3.8 (QuaRot, SpinQuant).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from qexp.core.errors import UserError
+from qexp.core.words import FULL_BITS
+from qexp.kernels.quantize import fake_quantize_groups
+
+PARAM_BITS = 16  # scale and zero point are kept in float16 beside the codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerHead:
+    """The quantizer. ``group`` elements of a head share a scale, -1 the whole head; ``clip`` in (0, 1]."""
+
+    bits: int
+    symmetric: bool
+    clip: float
+    group: int
+
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Raise UserError for settings that mean nothing."""
+        if not 2 <= self.bits <= 8 and self.bits != FULL_BITS:
+            raise UserError(f"kv.bits={self.bits}", f"2 to 8, or {FULL_BITS} for none", "bits.kv=4")
+        if not 0 < self.clip <= 1:
+            raise UserError(f"kv.clip={self.clip}", "a ratio in (0, 1]", "method.kv.clip=1.0")
+        if self.group != -1 and self.group < 1:
+            raise UserError(f"kv.group={self.group}", "a divisor of the head size, or -1", "method.kv.group=-1")
+
+    def __call__(self, k_BASE: Tensor, v_BASE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return quantized keys and values [B, A, S, E], same dtype: no position looks at another.
+
+        Raises: UserError if the group does not divide the head.
+        """
+        if self.bits >= FULL_BITS:
+            return k_BASE, v_BASE
+        return self._quantize(k_BASE), self._quantize(v_BASE)
+
+    def cost(self, head_size: int) -> float:
+        """Return bits per cached element: the code, and per group its scale and zero point."""
+        if self.bits >= FULL_BITS:
+            return float(FULL_BITS)
+        parameters = 1 if self.symmetric else 2
+        return self.bits + parameters * PARAM_BITS / self._width(head_size)
+
+    def _quantize(self, x_BASE: Tensor) -> Tensor:
+        """Return one of the two, quantized."""
+        group = self._width(x_BASE.shape[-1])
+        return fake_quantize_groups(x_BASE, bits=self.bits, group=group, symmetric=self.symmetric, clip=self.clip)
+
+    def _width(self, head_size: int) -> int:
+        """Return how many elements share a scale."""
+        width = head_size if self.group == -1 else self.group
+        if head_size % width:
+            got = f"kv.group={self.group} does not divide head_size={head_size}"
+            raise UserError(got, f"a divisor of {head_size}", "method.kv.group=-1")
+        return width

@@ -1,0 +1,38 @@
+"""Fold every norm's gain (and bias) into the linears behind it, so that norms commute with rotations.
+
+RMSNorm: W <- W diag(g), g <- 1. LayerNorm: the mean subtraction goes into every producer of the residual stream
+(embeddings, attention and MLP outputs), the bias into the readers' biases, and the norm becomes an RMSNorm.
+Source: arXiv:2404.00456 section 4 stage 1a; arXiv:2401.15024 section 3.3 for LayerNorm.
+Differs: the official code also centres the embeddings of RMSNorm models, which changes the function; we do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from qexp.core.norms import Center, unit_gain
+from qexp.core.stages import Sites, Surroundings
+from qexp.core.words import Insert, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldNorm:
+    """Norm folding; no settings."""
+
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset()
+    scope: ClassVar[str] = "model"
+
+    def sites(self, model: Sites) -> list[Site]:
+        """Return the residual stream (centred where norms are LayerNorms) and every norm's output."""
+        return model.sites("residual", "head_in", "attn_in", "mlp_in")
+
+    def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | None:
+        """Return the insert that leaves a plain division by the root mean square."""
+        if site.kind == "residual":
+            return Insert("center", Center(site.size)) if "center" in site.admits else None
+        assert around.gain is not None
+        return unit_gain(around.gain, around.bias)

@@ -1,0 +1,229 @@
+"""Weights & Biases as a view of finished records.
+
+A run is published once, at its end, from the record that was written to disk: so W&B and ``record.json`` carry the same
+values by construction, and a run that is resumed or repeated never leaves half a W&B run behind.
+The record is the truth. Whatever goes wrong here is a warning, never a lost run: no account means offline, no network
+means offline, and an offline run is complete (``wandb sync`` uploads it later, ``wandb leet`` shows it locally).
+
+Conventions: ``group`` is the sweep, ``job_type`` is ptq, tags and top-level config keys are the choices made on the
+command line (what one filters and groups by), ``cfg`` is the resolved config, the summary holds the record's metrics
+under their own flat keys, and ``block/*`` is a history over the blocks of the model.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
+
+from qexp.core.errors import UserError, choose
+
+if TYPE_CHECKING:
+    import wandb
+    from matplotlib.figure import Figure
+
+Record: TypeAlias = Mapping[str, Any]
+Mode: TypeAlias = Literal["online", "offline", "disabled", "shared"]
+Figures: TypeAlias = "Callable[[], Mapping[str, Figure]]"
+
+log = logging.getLogger(__name__)
+
+TAGS = ("method", "bits", "model")
+LAYER_COLUMNS = ("block", "layer", "bits", "error", "sqnr_db")
+
+
+class Tracker(Protocol):
+    """What a run needs of its tracking: a check before the work starts, one publication after it ended."""
+
+    def check(self) -> None:
+        """Raise UserError, before any work is done, for settings that cannot be honoured."""
+
+    def publish(
+        self, record: Record, choices: Mapping[str, str], group: str | None, folder: Path, figures: Figures
+    ) -> str | None:
+        """Show the finished ``record`` elsewhere and return where (URL or folder), or None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoTracking:
+    """``tracking=none``: the record on disk is all there is."""
+
+    def check(self) -> None:
+        """Accept."""
+
+    def publish(
+        self,
+        record: Record,
+        choices: Mapping[str, str],
+        group: str | None,
+        folder: Path,
+        figures: Figures,
+    ) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """One W&B run per record."""
+
+    mode: str  # auto | online | offline
+    project: str
+    entity: str | None  # user or team; None is the account's default
+    connect_seconds: float  # then the run is kept offline
+    upload_seconds: float  # longest wait for the upload at the end; what is missing stays on disk for `wandb sync`
+
+    def check(self) -> None:
+        """Raise UserError for an unknown mode, and for online without a login (W&B would wait at a prompt)."""
+        choose("tracking.mode", self.mode, ("auto", "online", "offline"), "tracking.mode")
+        if self.mode == "online" and not _logged_in():
+            need = "a W&B account on this machine (`wandb login`, or WANDB_API_KEY)"
+            raise UserError("tracking=online without a login", need, "tracking=offline or tracking=auto")
+
+    def publish(
+        self, record: Record, choices: Mapping[str, str], group: str | None, folder: Path, figures: Figures
+    ) -> str | None:
+        """Write ``record`` as a W&B run; return its URL, or its local folder when offline, or None when W&B failed.
+
+        ``folder`` is where ``wandb/`` is kept: one for all runs of a user (the output directory, not the run's own
+        folder), so that one ``wandb leet`` and one ``wandb sync`` see them all. ``figures`` is called only if needed.
+        """
+        try:
+            with self._run(_identity(record, choices, group), folder, failed=record["status"] != "completed") as run:
+                if run.disabled:
+                    return None
+                _fill(run, record, figures)
+                return str(run.settings.sync_dir if run.offline else run.url)
+        except Exception as error:  # noqa: BLE001  a view must never cost the run it shows, whatever it raises
+            log.warning("W&B failed (%s: %s); the record on disk is complete", type(error).__name__, error)
+            return None
+
+    @contextmanager
+    def _run(self, identity: dict[str, Any], folder: Path, *, failed: bool) -> Iterator[wandb.Run]:
+        """Open a run, offline where the server does not answer, and close it whatever happens."""
+        import wandb
+
+        (folder / "wandb").mkdir(parents=True, exist_ok=True)
+        start = {"project": self.project, "entity": self.entity, "dir": str(folder.resolve()), **identity}
+        mode = resolve_mode(self.mode)
+        try:
+            run = wandb.init(mode=mode, settings=self._settings(), **start)
+        except (wandb.errors.Error, OSError) as error:
+            if mode != "online":
+                raise
+            log.warning("W&B did not answer (%s); kept offline, `wandb sync` uploads it", _first_line(error))
+            run = wandb.init(mode="offline", settings=self._settings(), **start)
+        try:
+            yield run
+        finally:
+            run.finish(exit_code=int(failed))
+
+    def _settings(self) -> wandb.Settings:
+        """Quiet and bounded; no system metrics, since the run is opened after the work was done."""
+        import wandb
+
+        return wandb.Settings(
+            init_timeout=self.connect_seconds,
+            finish_timeout=self.upload_seconds,
+            reinit="finish_previous",  # a run left open by a crashed job would otherwise be handed to the next one
+            console="off",
+            silent=True,
+            disable_git=True,
+            x_disable_stats=True,
+        )
+
+
+def resolve_mode(requested: str) -> Mode:
+    """Return the W&B mode for ``requested``: auto is online when logged in, else offline; never one that prompts.
+
+    Auto honours ``WANDB_MODE`` and what ``wandb offline`` wrote. The network is not asked.
+    """
+    import wandb
+
+    mode = requested
+    if requested == "auto":
+        mode = os.environ.get("WANDB_MODE", "").lower() or wandb.setup().settings.mode
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    if mode != "online" or _logged_in():
+        return cast("Mode", mode)
+    if requested == "online" or os.environ.get("WANDB_MODE"):
+        log.warning("W&B was asked to be online but nobody is logged in; kept offline, `wandb sync` uploads it")
+    return "offline"
+
+
+def _logged_in() -> bool:
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))
+
+
+def _identity(record: Record, choices: Mapping[str, str], group: str | None) -> dict[str, Any]:
+    """Arguments of ``wandb.init`` that say which run this is.
+
+    The resolved config sits under ``cfg``: at top level, an agent's parameter named ``method`` would overwrite it.
+    """
+    tags = {str(choices[key])[:64] for key in TAGS if choices.get(key)}  # 64 characters is W&B's limit
+    return {
+        "name": record["name"],
+        "group": group,
+        "job_type": "ptq",
+        "tags": sorted(tags),
+        "notes": "\n".join(record.get("warnings", ())) or None,
+        "config": {
+            **choices,
+            "cfg": record["config"],
+            "fingerprint": record["fingerprint"],
+            "environment": record.get("environment", {}),
+            "published": record.get("published", []),
+        },
+    }
+
+
+def _fill(run: wandb.Run, record: Record, figures: Figures) -> None:
+    """Write summary, block history, layer table and figures, the most important first."""
+    import wandb
+
+    costs = {f"cost/{key}": value for key, value in record.get("cost", {}).items()}
+    run.summary.update({**record.get("metrics", {}), **costs, "status": record["status"]})
+    blocks = record.get("blocks", [])
+    run.define_metric("block/*", step_metric="block/index")
+    for block in blocks:
+        run.log(_block_row(block))
+    if blocks:
+        run.log({"layers": wandb.Table(columns=list(LAYER_COLUMNS), data=_layer_rows(blocks))})
+    images = {f"figure/{name}": _image(figure) for name, figure in figures().items()}
+    if images:
+        run.log(images)
+
+
+def _block_row(block: Record) -> dict[str, float]:
+    """One point of the ``block/*`` curves: seconds, and the means of its layers' numbers."""
+    row = {"block/index": block["index"], "block/seconds": block["seconds"]}
+    for key in ("bits", "error", "sqnr_db"):
+        values = [layer[key] for layer in block["layers"] if layer.get(key) is not None]
+        if values:
+            row[f"block/{key}"] = sum(values) / len(values)
+    return row
+
+
+def _layer_rows(blocks: list[Record]) -> list[list[Any]]:
+    keys = ("name", *LAYER_COLUMNS[2:])
+    return [[block["index"], *(layer.get(key) for key in keys)] for block in blocks for layer in block["layers"]]
+
+
+def _image(figure: Figure) -> wandb.Image:
+    """Draw ``figure`` ourselves: W&B's own way in needs pyplot, and with it a global figure manager."""
+    import wandb
+    from PIL import Image
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    return wandb.Image(Image.open(picture))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

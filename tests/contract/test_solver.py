@@ -1,0 +1,83 @@
+"""What every solver owes: a loss not above plain rounding's, an untouched weight, the same codes for the same seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stage_members import assert_well_kept, member, names
+from torch import Tensor
+
+from qexp.core.rng import generator
+from qexp.core.stages import Solver
+from qexp.core.words import Quantized, Stats
+from qexp.stages.solver.rtn import Rtn
+
+every_solver = pytest.mark.parametrize("name", names("solver"))
+every_grid = pytest.mark.parametrize("grid_name", names("grid"))
+
+
+def problem(seed: int) -> tuple[Tensor, Stats]:
+    rng = generator(seed, "problem")
+    X_TI = torch.randn(160, 64, generator=rng) @ torch.randn(64, 64, generator=rng) / 8
+    X_TI *= torch.randn(64, generator=rng).exp()
+    stats = Stats(tokens=160, H_II=X_TI.T @ X_TI / 160, absmax_I=X_TI.abs().amax(0), mean_abs_I=X_TI.abs().mean(0))
+    return torch.randn(24, 64, generator=rng), stats
+
+
+def loss(W_OI: Tensor, stats: Stats, quantized: Quantized, grid) -> float:
+    E_OI = W_OI - grid.decode(quantized.codes, quantized.params)
+    return float((E_OI @ stats.H_II * E_OI).sum())
+
+
+def test_all_solvers_are_seen():
+    assert len(names("solver")) >= 3
+
+
+@every_solver
+def test_it_is_a_solver_and_well_kept(name):
+    solver = member("solver", name)
+    assert isinstance(solver, Solver)
+    assert_well_kept("solver", name, solver)
+
+
+@every_solver
+@every_grid
+@pytest.mark.parametrize("group", [-1, 16])
+def test_loss_is_not_above_plain_rounding_on_any_grid(name, grid_name, group):
+    solver, grid = member("solver", name), member("grid", grid_name, w=3, g=group)
+    for seed in range(3):
+        W_OI, stats = problem(seed)
+        ours = loss(W_OI, stats, solver.solve(W_OI, stats, grid, generator(0, name)), grid)
+        assert 0 < ours <= loss(W_OI, stats, Rtn().solve(W_OI, stats, grid, generator(0)), grid)
+
+
+@every_solver
+def test_weight_and_statistics_stay_and_the_seed_decides(name):
+    solver, grid = member("solver", name), member("grid", "integer", g=16)
+    (W_OI, stats), (before, observed) = problem(0), problem(0)
+    first = solver.solve(W_OI, stats, grid, generator(7, name))
+    again = solver.solve(W_OI, stats, grid, generator(7, name))
+    assert torch.equal(W_OI, before) and torch.equal(stats.H_II, observed.H_II)
+    assert torch.equal(first.codes, again.codes)
+    assert all(torch.equal(first.params[key], again.params[key]) for key in first.params)
+
+
+@every_solver
+def test_codes_and_parameters_have_the_shapes_of_the_grid(name):
+    grid = member("grid", "integer", w=3, g=16)
+    quantized = member("solver", name).solve(*problem(0), grid, generator(0))
+    assert quantized.codes.dtype == torch.uint8 and quantized.codes.shape == (24, 64)
+    assert int(quantized.codes.max()) < 8
+    assert all(p.shape == (24, 4) for p in quantized.params.values())
+    assert grid.decode(quantized.codes, quantized.params).isfinite().all()
+
+
+@every_solver
+def test_statistics_are_only_needed_where_they_are_asked_for(name):
+    solver, grid = member("solver", name), member("grid", "integer", g=16)
+    W_OI, _ = problem(0)
+    if solver.needs:
+        with pytest.raises(AssertionError, match="needs statistics"):
+            solver.solve(W_OI, None, grid, generator(0))
+    else:
+        assert solver.solve(W_OI, None, grid, generator(0)).codes.shape == W_OI.shape
