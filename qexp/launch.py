@@ -59,7 +59,7 @@ class Setup:
             raise UserError(f"output_dir={self.output_dir}: {existing} is a file", "a folder", "output_dir=<folder>")
 
 
-def begin(setup: Setup, config: Mapping[str, Any]) -> Run:
+def begin(setup: Setup) -> Run:
     """Return the run with its fingerprint and folder; a folder of the same run is continued (or emptied)."""
     device = _device(setup.device)
     model = setup.model.identity()
@@ -74,7 +74,7 @@ def begin(setup: Setup, config: Mapping[str, Any]) -> Run:
         "device": device,
     }
     fingerprint = digest(parts)
-    name = f"{setup.method.name}-{setup.bits['name']}-{setup.model.name}"
+    name = f"{setup.method.name}-{setup.bits['name']}-{Path(setup.model.name).name}"  # of a path its last part
     folder = Path(setup.output_dir) / f"{name}-{fingerprint[:10]}"
     if not setup.resume and folder.exists():
         shutil.rmtree(folder)
@@ -114,7 +114,12 @@ def recording(work: Run, config: Mapping[str, Any]) -> Iterator[None]:
 
 
 def finish(
-    work: Run, config: Mapping[str, Any], setup: Setup, measured: dict[str, Any], choices: Mapping[str, str], group: str | None
+    work: Run,
+    config: Mapping[str, Any],
+    setup: Setup,
+    measured: dict[str, Any],
+    choices: Mapping[str, str],
+    group: str | None,
 ) -> None:
     """Write the record, then show it to the tracker."""
     record = cast("records.Record", record_of(work, config, measured))
@@ -122,7 +127,7 @@ def finish(
     stored = records.read(work.folder / records.FILE_NAME)
     where = setup.tracking.publish(stored, choices, group, Path(setup.output_dir), lambda: plots.figures([stored]))
     if where:
-        log.info("W&B: %s", where)
+        log.info("W&B run: %s", where if "://" in where else f"{where} (offline; `wandb sync` uploads it)")
 
 
 def record_of(work: Run, config: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +187,9 @@ def _device(wanted: str) -> str:
 def _plain(member: Any) -> Any:
     """Return a member (or mapping of members) as plain data with class names, for the fingerprint."""
     if is_dataclass(member) and not isinstance(member, type):
-        return {"class": type(member).__qualname__} | {k: _plain(getattr(member, k)) for k in member.__dataclass_fields__}
+        return {"class": type(member).__qualname__} | {
+            k: _plain(getattr(member, k)) for k in member.__dataclass_fields__
+        }
     if isinstance(member, Mapping):
         return {key: _plain(value) for key, value in member.items()}
     return list(member) if isinstance(member, tuple | list) else member
@@ -205,7 +212,9 @@ def _processor() -> str:
 def _commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
     except OSError:
         return None
     return done.stdout.strip() or None

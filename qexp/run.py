@@ -23,11 +23,12 @@ def run(config: dict[str, Any], choices: Mapping[str, str], group: str | None) -
     """
     setup = Setup(**{key: build(config[key], key) for key in Setup.__annotations__})
     setup.check()
-    check_method(setup.method)
-    work = begin(setup, config)
+    check_method(setup.method, calibrated=setup.calibration.source != "none")
+    work = begin(setup)
     if is_finished(work):
         log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
         return work.folder
+    log.info("%s -> %s", work.name, work.folder)
     with recording(work, config):
         finish(work, config, setup, measure(setup, work), choices, group)
     return work.folder
@@ -35,25 +36,27 @@ def run(config: dict[str, Any], choices: Mapping[str, str], group: str | None) -
 
 def measure(setup: Setup, work: Run) -> dict[str, Any]:
     """Quantize and evaluate; return the parts of the record that come from doing so."""
-    from qexp.engine.blocks import quantize_blocks
+    from qexp.data.generated import short_sample
+    from qexp.engine.blocks import activate, quantize_blocks
     from qexp.engine.diagnostics import Surfaces
     from qexp.engine.transforming import transform_model
     from qexp.eval.size import sizes
-    from qexp.models.outliers import inject, sampled_text
+    from qexp.models.outliers import inject
     from qexp.models.view import ModelView
 
     model, tokenizer = setup.model.load(work.device, work.cache)
+    view = ModelView(model)
+    check_model(view, setup.method)
     tokens = setup.calibration.load(model, tokenizer, work.cache, work.model_identity, work.progress)
     sets = setup.eval.sets(model, tokenizer, work.cache, work.model_identity, work.progress)
-    text = sampled_text(model, tokenizer, setup.model.outliers)
-    view = ModelView(model)
+    text = short_sample(model, tokenizer, setup.seed) if setup.model.needs_text else None
     inject(view, setup.model.outliers, text)
-    check_model(view, setup.method, tokens)
     baseline = setup.eval.baseline(view.model, tokenizer, sets, work.cache / "baseline", work.progress)
 
     surfaces, began = Surfaces(view, tokens), time.perf_counter()
     transform_model(view, setup.method, setup.seed)
     blocks = quantize_blocks(view, tokens, setup.method, work)
+    activate(view, range(len(view.blocks)), setup.method)
     quantized = time.perf_counter()
     results = setup.eval.run(view.model, tokenizer, sets, baseline, work.progress)
     seconds = {"quantize_seconds": quantized - began, "evaluate_seconds": time.perf_counter() - quantized}

@@ -1,4 +1,4 @@
-"""The typed top level of the config, the names of bits, and mistakes explained in one line.
+"""The typed top level of the config and the names of bits.
 
 Groups hold members of any package, so only what every config has is typed here; members are checked against their own
 dataclasses when they are built (core/build.py).
@@ -6,15 +6,11 @@ dataclasses when they are built (core/build.py).
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
-
-from qexp.core.errors import nearest
 
 BITS_PATTERN = re.compile(r"w(2|3|4|6|8)(?:a(4|6|8|16))?(?:kv(2|3|4|8|16))?(?:g(32|64|128))?")
 BITS_FORM = "w{2,3,4,6,8}[a{4,6,8,16}][kv{2,3,4,8,16}][g{32,64,128}]"
@@ -42,7 +38,6 @@ class QexpConfig:
     calibration: Any = MISSING
     eval: Any = MISSING
     tracking: Any = MISSING
-    sweeps: Any = None
     seed: int = 0
     device: str = "auto"
     output_dir: str = "outputs"
@@ -54,59 +49,8 @@ def bits_of(name: str) -> dict[str, Any] | None:
     match = BITS_PATTERN.fullmatch(name)
     if match is None:
         return None
-    weight, act, kv, group = (int(part) if part else default for part, default in zip(match.groups(), (0, 16, 16, -1), strict=True))
+    weight, act, kv, group = (
+        int(part) if part else default for part, default in zip(match.groups(), (0, 16, 16, -1), strict=True)
+    )
     shown = f"w{weight}a{act}" + (f"kv{kv}" if kv < 16 else "") + (f"g{group}" if group > 0 else "")
     return {"name": shown, "weight": weight, "act": act, "kv": kv, "group": group}
-
-
-def explain(error: BaseException) -> str:
-    """Return one line for a mistake: what it got, what it needs."""
-    text = "\n".join(str(e) for e in _chain(error))
-    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
-        group, name = match.groups()
-        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        return f"{group}={name} is unknown; " + _options(group, name, options)
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]} is no config key; " + nearest_key(match[1])
-    if match := re.search(r"(Value '[^']*'.*?could not be converted to \w+|Invalid value.*)", text):
-        key = re.search(r"full_key: (\S+)", text)
-        return f"{key[1] if key else 'config'}: {match[1]}"
-    if match := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)", text):
-        key = re.search(r"full_key: (\S+)", text)
-        return f"{key[1] if key else match[1]} is no config key; " + nearest_key(key[1] if key else match[1])
-    return re.sub(r"\s+", " ", str(error)).strip()[:400]
-
-
-def _options(group: str, name: str, options: list[str]) -> str:
-    if group == "bits":
-        return f"need {BITS_FORM}, e.g. bits={nearest_name(name, COMMON_BITS)}, or single keys: bits.weight=5"
-    return nearest(name, [o for o in options if not o.startswith("_")])
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Return the most similar of ``known``."""
-    return max(known, key=lambda option: difflib.SequenceMatcher(None, name, option).ratio())
-
-
-def nearest_key(key: str) -> str:
-    """Return the config keys most like ``key``, from the default composition and the groups."""
-    from hydra import compose
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    from qexp.engine.fingerprint import flat
-
-    known = {"model", "method", "bits", "calibration", "eval", "tracking"}
-    if GlobalHydra.instance().is_initialized():
-        config = OmegaConf.to_container(compose("config", return_hydra_config=False), resolve=False)
-        known |= set(flat(config))
-    near = nearest(key, known).split("known:")[0]
-    return near or "qexp --cfg job shows all keys"
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found

@@ -14,7 +14,9 @@ class UserError(Exception):
     """
 
     def __init__(self, got: str, need: str = "", override: str = "") -> None:
-        super().__init__("; ".join(part for part in (got, need and f"need {need}", override and f"set {override}") if part))
+        super().__init__(
+            "; ".join(part for part in (got, need and f"need {need}", override and f"set {override}") if part)
+        )
 
 
 class NumericalError(Exception):

@@ -33,21 +33,33 @@ class InputPath:
     def _forget(self) -> None:
         self._source: Tensor | None = None
         self._answer: Tensor | None = None
+        self._steps: tuple[object, ...] = ()
         self._version, self._served = -1, 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the quantized, transformed input, same shape and dtype as ``x`` [..., I]."""
         if not self.maps and self.act is None and self.observer is None:
             return x
-        if self._source is x and self._answer is not None and self._version == x._version:
-            answer = self._answer
-        else:
-            answer = self._compute(x)
-            self._source, self._answer, self._version, self._served = x, answer, x._version, 0
+        if x.is_inference():  # has no version, so a change in place could not be told: nothing is kept
+            return self._compute(x)
+        if self._answer is None or not self._is_kept(x):
+            self._answer, self._served = self._compute(x), 0
+            self._source, self._version, self._steps = x, x._version, self._now()
+        answer = self._answer
         self._served += 1
         if self._served >= self.readers:
             self._forget()
         return answer
+
+    def _now(self) -> tuple[object, ...]:
+        return (self.act, self.observer, *self.maps)
+
+    def _is_kept(self, x: Tensor) -> bool:
+        """Return whether the kept answer is for ``x`` as it is, by the steps as they are."""
+        if self._source is not x or self._version != x._version:
+            return False
+        now = self._now()
+        return len(now) == len(self._steps) and all(a is b for a, b in zip(now, self._steps, strict=True))
 
     def _compute(self, x: Tensor) -> Tensor:
         for step in self.maps:
@@ -83,7 +95,9 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return shape and state for ``print(model)``."""
         state = "float" if self.grid is None else f"{self.grid.bits} bits"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {state}, online={len(self.path.maps)}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {state}, online={len(self.path.maps)}"
+        )
 
 
 def replace_linears(model: nn.Module, groups: list[tuple[str, ...]]) -> None:

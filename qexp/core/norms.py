@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,14 @@ class ScaledRmsNorm(nn.Module):
         return (wide.to(x.dtype) * self.weight) + self.bias
 
 
-def gain_of(norm: nn.Module, kind: str) -> Tensor:
+def gain_of(norm: Any, kind: str) -> Tensor:
     """Return the effective gain, float64 [I]; ``kind`` is "norm" or "offset_norm"."""
-    weight = norm.weight.detach().double()
+    weight: Tensor = norm.weight.detach().double()
     return 1 + weight if kind == OFFSET_NORM else weight
 
 
 @torch.no_grad()
-def set_gain(norm: nn.Module, kind: str, gain: Tensor) -> None:
+def set_gain(norm: Any, kind: str, gain: Tensor) -> None:
     """Set the effective gain [I]."""
     norm.weight.copy_(gain - 1 if kind == OFFSET_NORM else gain)
 

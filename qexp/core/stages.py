@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -215,6 +215,6 @@ class Method:
 
     def versions(self) -> dict[str, int]:
         """Return every member's version, for the fingerprint."""
-        members = {"grid": self.grid, "solver": self.solver, "act": self.act, "kv": self.kv}
+        members: dict[str, Any] = {"grid": self.grid, "solver": self.solver, "act": self.act, "kv": self.kv}
         members |= {"allocation": self.allocation} | dict(self.transform) | dict(self.tuner)
         return {name: member.version for name, member in members.items()}

@@ -8,20 +8,16 @@ Source: methods/evaluation.md sections 1 and 2 (ids, revision, splits, shards).
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
-import os
 import re
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from qexp.core.errors import UserError
+from qexp.core.hub import need_hub
 from qexp.data.documents import SUFFIXES, read
 
 log = logging.getLogger(__name__)
@@ -135,26 +131,6 @@ class Source:
             first_line = str(error).splitlines()[0]
             raise UserError(f"{corpus.hub}: {first_line}", "the dataset", f"{self.key}=<folder with a copy>") from error
         return cast(Sequence[str], table[corpus.column])
-
-
-def need_hub(what: str, override: str) -> None:
-    """Raise UserError unless the hub answers; with HF_HUB_OFFLINE=1 the user vouches for the local cache."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"}:
-        return
-    if not hub_answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
-        raise UserError(f"{what}, which does not answer", "the hub, or HF_HUB_OFFLINE=1 and a filled cache", override)
-
-
-@functools.cache
-def hub_answers(endpoint: str) -> bool:
-    """Return whether a connection to the hub, or to the proxy in front of it, opens within two seconds."""
-    target = urllib.parse.urlsplit(urllib.request.getproxies().get("https") or endpoint)
-    port = target.port or (443 if target.scheme == "https" else 80)
-    try:
-        socket.create_connection((target.hostname or "", port), timeout=PROBE_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def _below(root: Path, config: str | None) -> Path:

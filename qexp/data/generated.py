@@ -57,6 +57,13 @@ def generated(
     return stored(path, "tokens", lambda: {"tokens": sample(model, request, first, BATCH, progress)})
 
 
+def short_sample(model: Any, tokenizer: Any, seed: int) -> Tensor:
+    """Return int64 [16, 256]: a little of the model's own text, for measuring its activations."""
+    tokens = min(256, max_positions(model) or 256)
+    request = Request(samples=16, tokens=tokens, seed=seed, stream="short", bos=True)
+    return sample(model, request, first_token(tokenizer), request.samples, silent)
+
+
 def sample(model: Any, request: Request, first: int | None, batch: int, progress: Progress) -> Tensor:
     """Sample int64 [samples, tokens] (on the CPU) with the model's key-value cache; float32 softmax, float64 sums."""
     rng = generator(request.seed, "generated", request.stream)
@@ -65,7 +72,10 @@ def sample(model: Any, request: Request, first: int | None, batch: int, progress
     rows = []
     for start in range(0, request.samples, batch):
         here = uniforms[start : start + batch]
-        steps = progress(f"sampling text, {start + 1} of {request.samples}", range(1, request.tokens))
+        steps = progress(
+            f"sampling text {start + 1} to {min(start + batch, request.samples)} of {request.samples}, tokens",
+            range(1, request.tokens),
+        )
         rows.append(_sample_batch(model, here, first, vocabulary, steps))
     return torch.cat(rows)
 

@@ -9,16 +9,16 @@ again; a resumed run installs it and replays the forwards, so that it ends with 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from qexp.core.rng import generator
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS, BlockReport
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
-from qexp.engine.solving import Grids, grids_of, solve_group
+from qexp.engine.solving import Plan, plan_of, solve_group
 from qexp.engine.store import Finished, install, pack_block
 from qexp.engine.streams import Kwargs, Stream, advance, embed
 from qexp.engine.transforming import transform_block
@@ -28,7 +28,9 @@ from qexp.models.view import ModelView
 @torch.no_grad()
 def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -> list[BlockReport]:
     """Quantize all blocks in place with calibration ``tokens`` int64 [N, S]; return one report per block."""
-    grids = grids_of(view, method)
+    plan = plan_of(view, method, run.seed)
+    if not plan.grids and not method.stage("block"):
+        return []  # 16 bits everywhere: nothing to walk for
     x, kwargs = embed(view, tokens)
     y, reports = x, []
     for block in run.progress("quantize blocks", range(len(view.blocks))):
@@ -36,39 +38,41 @@ def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -
         source = y if method.inputs == "float" else x
 
         def make(block: int = block, source: Stream = source) -> Finished:
-            return quantize_block(view, block, source, kwargs[block], method, grids, run.seed)
+            return quantize_block(plan, block, source, kwargs[block])
 
         finished = run.store.once(f"{block:05d}", make)
-        install(view, block, finished, grids)
+        install(view, block, finished, plan.grids)
         if method.quantize_stream:
-            activate(view, block, method)
+            activate(view, [block], method)
+            view.replays.clear()  # they answered for inputs that are quantized only now
         x, y = advance(view, block, x, kwargs[block]), float_out
+        view.replays.clear()
         reports.append(finished.report)
-    for block in range(len(view.blocks)):
-        activate(view, block, method)
     return reports
 
 
-def quantize_block(
-    view: ModelView, block: int, source: Stream, kwargs: Kwargs, method: Method, grids: Grids, seed: int
-) -> Finished:
-    """Return block ``block`` transformed and solved; ``source`` feeds the statistics."""
-    began, groups = time.perf_counter(), view.groups(block)
-    transform_block(view, block, source, kwargs, method, grids, seed)
+def quantize_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> Finished:
+    """Return a block transformed and solved; ``source`` (may be empty) feeds the statistics."""
+    view, began = plan.view, time.perf_counter()
+    groups = view.groups(block)
+    transform_block(plan, block, source, kwargs)
     report = BlockReport(index=block, seconds=0.0)
-    known = observe(view, block, groups, source, kwargs) if source and method.inputs == "float" else {}
+    known = observe(view, block, groups, source, kwargs) if source and plan.method.inputs == "float" else {}
     for group in groups:
-        stats = known.get(group.site) or (observe(view, block, [group], source, kwargs)[group.site] if source else None)
-        report.layers += solve_group(view, group, stats, method, grids, generator(seed, group.site))
+        if source and plan.method.inputs == "quantized":
+            known = observe(view, block, [group], source, kwargs)
+        report.layers += solve_group(plan, group, known.get(group.site))
+        view.finish(group)
     report.seconds = time.perf_counter() - began
-    return pack_block(view, block, report, {name: grid.bits for name, grid in grids.items()})
+    return pack_block(view, block, report)
 
 
-def activate(view: ModelView, block: int, method: Method) -> None:
-    """Switch the activation and key/value quantizers of a block on, where the recipe quantizes at all."""
-    for group in view.groups(block):
-        if method.act.bits < FULL_BITS:
-            view.linear(group.layers[0].name).path.act = method.act.freeze(None)
-    door = view.door(block)
-    if door is not None and method.kv.bits < FULL_BITS:
-        door.kv = method.kv
+def activate(view: ModelView, blocks: Iterable[int], method: Method) -> None:
+    """Switch the activation and key/value quantizers of blocks on, where the recipe quantizes at all."""
+    for block in blocks:
+        for group in view.groups(block):
+            if method.act.bits < FULL_BITS:
+                view.linear(group.layers[0].name).path.act = method.act.freeze(None)
+        door = view.door(block)
+        if door is not None and method.kv.bits < FULL_BITS:
+            door.kv = method.kv

@@ -6,10 +6,10 @@ the groups asked for have been seen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qexp.core.errors import UserError
 from qexp.core.words import Group, Stats
@@ -48,16 +48,31 @@ class _Sums:
 
 
 @torch.no_grad()
-def observe(view: ModelView, block: int, groups: Sequence[Group], stream: Stream, kwargs: Kwargs) -> dict[str, Stats]:
-    """Return the statistics of ``groups`` (in forward order, all of this block) by site name."""
+def observe(
+    view: ModelView, block: int, groups: Sequence[Group], stream: Stream, kwargs: Kwargs, raw: Collection[str] = ()
+) -> dict[str, Stats]:
+    """Return the statistics of ``groups`` (in forward order, all of this block) by site name.
+
+    Groups whose site is in ``raw`` are seen in front of their online maps, the others behind them.
+    """
     sums = {group.site: _Sums(group, last=group is groups[-1]) for group in groups}
-    paths = [view.linear(group.layers[0].name).path for group in groups]
-    for path, one in zip(paths, sums.values(), strict=True):
-        path.observer = one
+    first = {group.site: view.linear(group.layers[0].name) for group in groups}
+    handles = [first[site].register_forward_pre_hook(_input_to(sums[site])) for site in sums if site in raw]
     try:
+        for site in sums.keys() - set(raw):
+            first[site].path.observer = sums[site]
         for _ in answers(view, block, stream, kwargs):
             pass
     finally:
-        for path in paths:
-            path.observer = None
+        for handle in handles:
+            handle.remove()
+        for linear in first.values():
+            linear.path.observer = None
     return {site: one.stats() for site, one in sums.items()}
+
+
+def _input_to(sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sums(args[0])
+
+    return hook

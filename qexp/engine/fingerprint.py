@@ -26,7 +26,11 @@ def flat(parts: Any, prefix: str = "") -> dict[str, Any]:
     """Return nested dicts and lists as one dict with dotted keys."""
     if not isinstance(parts, dict):
         return {prefix: parts}
-    return {k: v for name, value in parts.items() for k, v in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        k: v
+        for name, value in parts.items()
+        for k, v in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def claim(folder: Path, parts: dict[str, Any]) -> None:
@@ -36,7 +40,9 @@ def claim(folder: Path, parts: dict[str, Any]) -> None:
         there, here = flat(json.loads(path.read_text())), flat(json.loads(text))
         differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
         if differing:
-            raise UserError(f"{folder} belongs to a run that differs in {', '.join(differing[:5])}", "another output_dir")
+            raise UserError(
+                f"{folder} belongs to a run that differs in {', '.join(differing[:5])}", "another output_dir"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")

@@ -6,12 +6,14 @@ one factorisation and a third of the column loop. A grid with one range for the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from qexp.core.linear import QuantLinear
+from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
 from qexp.models.view import ModelView
@@ -19,41 +21,48 @@ from qexp.models.view import ModelView
 Grids = dict[str, Grid]
 
 
-def grids_of(view: ModelView, method: Method) -> Grids:
-    """Return the grid of every layer at the bits its allocation gives; layers at 16 bits have none."""
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same from block to block; ``grids`` has the layers that are quantized."""
+
+    view: ModelView
+    method: Method
+    grids: Grids
+    seed: int
+
+
+def plan_of(view: ModelView, method: Method, seed: int) -> Plan:
+    """Return the plan with the grid of every layer at the bits its allocation gives; 16 bits mean no grid."""
 
     def no_sensitivity(layer: Layer, bits: int) -> float:
-        raise NotImplementedError("no allocation of this version asks for sensitivities")
+        raise NotImplementedError(f"no allocation of this version asks for sensitivities ({layer.name} at {bits})")
 
     bits = method.allocation.assign(view.layers, no_sensitivity)
-    return {a.name: method.grid.for_layer(a, bits[a.name]) for a in view.layers if bits[a.name] < FULL_BITS}
+    quantized = [layer for layer in view.layers if bits[layer.name] < FULL_BITS]
+    return Plan(view, method, {a.name: method.grid.for_layer(a, bits[a.name]) for a in quantized}, seed)
 
 
 @torch.no_grad()
-def solve_group(
-    view: ModelView, group: Group, stats: Stats | None, method: Method, grids: Grids, rng: torch.Generator
-) -> list[LayerReport]:
+def solve_group(plan: Plan, group: Group, stats: Stats | None) -> list[LayerReport]:
     """Quantize the layers of ``group`` in place and report on each."""
     reports = []
-    layers = [layer for layer in group.layers if layer.name in grids]
-    for grid, members in groupby(layers, key=lambda layer: grids[layer.name]):
+    layers = [layer for layer in group.layers if layer.name in plan.grids]
+    for grid, members in groupby(layers, key=lambda layer: plan.grids[layer.name]):
         part = list(members)
         for stack in [part] if grid.group else [[layer] for layer in part]:
-            reports += _solve_stack(view, stack, stats, method, grid, rng)
+            reports += _solve_stack(plan, stack, grid, stats)
     return reports
 
 
-def _solve_stack(
-    view: ModelView, stack: list[Layer], stats: Stats | None, method: Method, grid: Grid, rng: torch.Generator
-) -> list[LayerReport]:
-    linears = [view.linear(layer.name) for layer in stack]
+def _solve_stack(plan: Plan, stack: list[Layer], grid: Grid, stats: Stats | None) -> list[LayerReport]:
+    linears = [plan.view.linear(layer.name) for layer in stack]
     W_OI = torch.cat([linear.weight.float() for linear in linears])
-    solved = method.solver.solve(W_OI, stats, grid, rng)
+    solved = plan.method.solver.solve(W_OI, stats, grid, generator(plan.seed, stack[0].name))
     reports, row = [], 0
     for layer, linear in zip(stack, linears, strict=True):
         rows = slice(row, row + layer.outputs)
         row += layer.outputs
-        own = Quantized(solved.codes[rows], {k: v if v.shape[0] == 1 else v[rows] for k, v in solved.params.items()})
+        own = Quantized(solved.codes[rows], {name: value[rows] for name, value in solved.params.items()})
         reports.append(_installed(layer, linear, own, grid, stats))
     return reports
 

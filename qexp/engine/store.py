@@ -61,14 +61,16 @@ class Store:
     def _read(self, path: Path) -> Finished:
         try:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return Finished(tensors, json.loads(file.metadata()["facts"]))
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(f"{path} is corrupt ({error})", "a whole block file", "resume=false, or delete the file") from error
+            raise UserError(
+                f"{path} is corrupt ({error})", "a whole block file", "resume=false, or delete the file"
+            ) from error
 
 
 @torch.no_grad()
-def pack_block(view: ModelView, block: int, report: BlockReport, bits: dict[str, int]) -> Finished:
+def pack_block(view: ModelView, block: int, report: BlockReport) -> Finished:
     """Return the present state of a block as a :class:`Finished`."""
     quantized, paths = {}, {}
     tensors: dict[str, Tensor] = {}
@@ -79,7 +81,11 @@ def pack_block(view: ModelView, block: int, report: BlockReport, bits: dict[str,
             linear = view.linear(layer.name)
             if linear.codes is None or linear.grid is None:
                 continue
-            quantized[layer.name] = {"bits": bits[layer.name], "columns": linear.codes.shape[1], "params": sorted(linear.params)}
+            quantized[layer.name] = {
+                "bits": linear.grid.bits,
+                "columns": linear.codes.shape[1],
+                "params": sorted(linear.params),
+            }
             tensors[f"codes.{layer.name}"] = pack_codes(linear.codes, linear.grid.bits)
             tensors |= {f"params.{layer.name}.{k}": v.contiguous() for k, v in linear.params.items()}
     weights = {f"{view.prefix}.{block}.{n}": p for n, p in view.blocks[block].named_parameters()}

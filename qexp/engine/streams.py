@@ -33,12 +33,12 @@ def embed(view: ModelView, tokens: Tensor) -> tuple[Stream, list[Kwargs]]:
         return stream, kwargs
 
     def record(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], given: Kwargs) -> None:
             kwargs[index] = {k: v for k, v in given.items() if k != "hidden_states"}
 
         return hook
 
-    def take(module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
+    def take(_module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
         stream.append(args[0] if args else given["hidden_states"])
         raise StopForward
 
@@ -65,9 +65,10 @@ def advance(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Stre
 def answers(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Iterator[Tensor]:
     """Yield the block's answer per micro-batch; stops silently where a hook raises StopForward."""
     device = view.model.device
-    for x in stream:
+    for batch, x in enumerate(stream):
         try:
-            answer = view.blocks[block](x.to(device), **kwargs)
+            with view.replays.at(batch):
+                answer = view.blocks[block](x.to(device), **kwargs)
         except StopForward:
             continue
         yield answer[0] if isinstance(answer, tuple) else answer

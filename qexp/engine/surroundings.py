@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from qexp.core.linear import QuantLinear
 from qexp.core.maps import LinearMap
 from qexp.core.rewrite import reader_weight
-from qexp.core.stages import Grid, Method
+from qexp.core.stages import Grid
 from qexp.core.words import FULL_BITS, Group, Site, Stats
+from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, StopForward, Stream, answers
 from qexp.models.view import ModelView
 
@@ -88,8 +89,9 @@ def inspected(view: ModelView, group: Group) -> nn.Module:
 
 
 @torch.no_grad()
-def calls(view: ModelView, block: int, module: nn.Module, stream: Stream, kwargs: Kwargs) -> list[Call]:
-    """Return (args, kwargs, float answer) of ``module`` for the first sequences of the stream."""
+def calls(view: ModelView, group: Group, stream: Stream, kwargs: Kwargs) -> list[Call]:
+    """Return (args, kwargs, float answer) of the inspected module for the first sequences of the stream."""
+    module = inspected(view, group)
     seen: list[tuple[Any, Any]] = []
 
     def take(_: nn.Module, args: Any, given: Any) -> None:
@@ -102,29 +104,33 @@ def calls(view: ModelView, block: int, module: nn.Module, stream: Stream, kwargs
         if count < SEARCH_SEQUENCES:
             head.append(x[: SEARCH_SEQUENCES - count])
             count += len(x)
-    for _ in answers(view, block, head, kwargs):
+    for _ in answers(view, group.layers[0].block, head, kwargs):
         pass
     handle.remove()
     return [(args, given, _tensor(module(*args, **given))) for args, given in seen]
 
 
-def damage_oracle(
-    view: ModelView, group: Group, folded: bool, method: Method, grids: dict[str, Grid], recorded: list[Call]
-) -> Callable[[LinearMap], float]:
+def damage_oracle(plan: Plan, group: Group, folded: bool, recorded: list[Call]) -> Callable[[LinearMap], float]:
     """Return the function candidate -> damage for one group; ``recorded`` comes from :func:`calls`."""
+    view, act = plan.view, plan.method.act
     module, layers = inspected(view, group), [view.linear(layer.name) for layer in group.layers]
-    path, act = layers[0].path, method.act.freeze(None) if method.act.bits < FULL_BITS else None
+    path, quantizer = layers[0].path, act.freeze(None) if act.bits < FULL_BITS else None
 
     @torch.no_grad()
     def damage(candidate: LinearMap) -> float:
         kept = [layer.weight for layer in layers]
-        rounded = [_rounded(layer, candidate, folded, grids[about.name]) for layer, about in zip(layers, group.layers, strict=True)]
+        rounded = [
+            _rounded(layer, candidate, folded, plan.grids.get(about.name))
+            for layer, about in zip(layers, group.layers, strict=True)
+        ]
         path.maps.insert(0 if folded else len(path.maps), candidate)
-        path.act = act
+        path.act = quantizer
         for layer, W in zip(layers, rounded, strict=True):
             layer.weight = nn.Parameter(W, requires_grad=False)
         try:
-            errors = [(_tensor(module(*args, **given)) - answer).float().pow(2).mean() for args, given, answer in recorded]
+            errors = [
+                (_tensor(module(*args, **given)) - answer).float().pow(2).mean() for args, given, answer in recorded
+            ]
         finally:
             for layer, weight in zip(layers, kept, strict=True):
                 layer.weight = weight
@@ -135,14 +141,15 @@ def damage_oracle(
     return damage
 
 
-def _rounded(layer: QuantLinear, candidate: LinearMap, folded: bool, grid: Grid) -> Tensor:
+def _rounded(layer: QuantLinear, candidate: LinearMap, folded: bool, grid: Grid | None) -> Tensor:
     """Return the layer's weight after the candidate's dual, rounded to the nearest grid point."""
     W = reader_weight(layer, candidate, folded).float()
-    if grid.bits < FULL_BITS:
+    if grid is not None:
         params = grid.fit(W, None)
         W = grid.decode(grid.encode(W, params), params)
     return W.to(layer.weight)
 
 
 def _tensor(answer: Any) -> Tensor:
-    return answer[0] if isinstance(answer, tuple) else answer
+    first: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    return first

@@ -12,9 +12,9 @@ from qexp.core.rng import generator
 from qexp.core.stages import Method
 from qexp.core.words import Group, Site
 from qexp.engine.capture import observe
-from qexp.engine.solving import Grids
+from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, Stream
-from qexp.engine.surroundings import SiteSurroundings, calls, damage_oracle, inspected
+from qexp.engine.surroundings import SiteSurroundings, calls, damage_oracle
 from qexp.models.view import ModelView
 
 log = logging.getLogger(__name__)
@@ -38,21 +38,20 @@ def transform_model(view: ModelView, method: Method, seed: int) -> None:
 
 
 @torch.no_grad()
-def transform_block(
-    view: ModelView, block: int, source: Stream, kwargs: Kwargs, method: Method, grids: Grids, seed: int
-) -> None:
+def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> None:
     """Apply the transforms of block scope to one block, from the statistics of ``source``."""
-    for name, transform in method.stage("block"):
+    view = plan.view
+    for name, transform in plan.method.stage("block"):
         sites = [site for site in transform.sites(view) if site.block == block]
-        by_site = {site.name: _group_behind(view, site) for site in sites}
-        groups = [group for group in view.groups(block) if group in by_site.values()]
-        known = observe(view, block, groups, source, kwargs) if groups else {}
+        behind = {site.name: _group_behind(view, site) for site in sites}
+        groups = [group for group in view.groups(block) if group in behind.values()]
+        raw = {behind[site.name].site for site in sites if "diagonal" in site.admits}  # folded: in front of online maps
+        known = observe(view, block, groups, source, kwargs, raw) if groups else {}
         for site in sites:
-            group, folded = by_site[site.name], "diagonal" in site.admits
-            recorded = calls(view, block, inspected(view, group), source, kwargs)
-            damage = damage_oracle(view, group, folded, method, grids, recorded)
+            group = behind[site.name]
+            damage = damage_oracle(plan, group, "diagonal" in site.admits, calls(view, group, source, kwargs))
             around = SiteSurroundings(view, site, known[group.site], damage)
-            change = transform.edit(site, around, generator(seed, name, site.name))
+            change = transform.edit(site, around, generator(plan.seed, name, site.name))
             if change is not None:
                 rewrite.insert(view.model, site, change)
 

@@ -61,7 +61,7 @@ def float_windows(
 def _score(source: Reader, windows_WS: Tensor, loop: Loop, keep: bool) -> dict[str, Tensor]:
     """Run the windows once; losses float64 [W] and, with ``keep``, hidden states [W, S, C] in the model's dtype."""
     losses, hidden = [], []
-    for ids, hidden_SC in hidden_states(source, windows_WS, loop, "float model"):
+    for ids, hidden_SC in hidden_states(source, windows_WS, loop, "evaluate the float model, batches"):
         losses.append(score_window(source, hidden_SC, ids, None, None)[0])
         if keep:
             hidden.append(hidden_SC.cpu())

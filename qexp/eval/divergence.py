@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from qexp.eval.perplexity import Loop, Reader, hidden_states
 
+CACHE_ELEMENTS = 2**18  # 1 MiB of float32: the second-level cache of one core
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -58,7 +60,7 @@ def score_windows(source: Reader, windows_WS: Tensor, teacher: Teacher | None, l
     scores = Scores([], [], [])
     other = _shared(teacher.reader, source.head) if teacher else None
     answers = teacher.hidden() if teacher else itertools.repeat(None, len(windows_WS))
-    for (ids, hidden), answer in zip(hidden_states(source, windows_WS, loop, label), answers, strict=True):
+    for (ids, hidden), answer in zip(hidden_states(source, windows_WS, loop, f"evaluate {label}, batches"), answers, strict=True):
         loss, kl, top1 = score_window(source, hidden, ids, other, answer)
         scores.losses.append(loss)
         if teacher:
@@ -86,7 +88,16 @@ def score_window(
 
 
 def divergence(reference_TV: Tensor, logits_TV: Tensor) -> Tensor:
-    """Return KL(reference || model) in nats per token, float64 [T], of two float32 logits [T, V]."""
+    """Return KL(reference || model) in nats per token, float64 [T], of two float32 logits [T, V].
+
+    On the CPU a few tokens at a time: seven passes over what fits the cache are five times faster than over what does not.
+    """
+    few = max(1, CACHE_ELEMENTS // logits_TV.shape[-1]) if logits_TV.device.type == "cpu" else len(logits_TV)
+    pieces = zip(reference_TV.split(few), logits_TV.split(few), strict=True)
+    return torch.cat([_divergence(reference, logits) for reference, logits in pieces])
+
+
+def _divergence(reference_TV: Tensor, logits_TV: Tensor) -> Tensor:
     p_TV, q_TV = reference_TV.log_softmax(-1), logits_TV.log_softmax(-1)
     # 0 * (-inf - x) is nan, where the limit is 0: a masked token has no probability to diverge with
     return torch.where(p_TV.isneginf(), 0.0, p_TV.exp() * (p_TV - q_TV)).sum(-1, dtype=torch.float64)

@@ -106,7 +106,7 @@ class Evaluation:
                 made[name] = generated(model, tokenizer, request, cache, model_identity, progress)
             else:
                 made[name] = self._cut(name, tokenizer, size)[: self.limit]
-            log.info("%s: %d windows of %d tokens", name, *made[name].shape)
+            log.info("evaluation text %s: %d windows of %d tokens", name, *made[name].shape)
         return made
 
     def baseline(

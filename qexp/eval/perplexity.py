@@ -22,7 +22,7 @@ from qexp.data.generated import Progress
 
 log = logging.getLogger(__name__)
 
-CHUNK_LOGITS = 2**24  # 64 MiB of float32
+CHUNK_LOGITS = 2**25  # 128 MiB of float32: 128 tokens of Gemma's vocabulary, enough to fill the head's product
 RESAMPLES = 10_000
 
 

@@ -12,7 +12,7 @@ from qexp.models.view import ModelView
 
 
 def sizes(view: ModelView, method: Method) -> dict[str, float]:
-    """Return size/bits_per_weight (quantizable linears), size/bytes (whole model), fp/size/bytes, size/kv_bytes_per_token."""
+    """Return the size/... metrics: bits_per_weight of the quantizable linears, bytes of the whole model, KV bytes."""
     linear_weights = sum(layer.weights for layer in view.layers)
     linear_bits = sum(_bits(view.linear(layer.name)) for layer in view.layers)
     maps = {id(path): path for layer in view.layers if (path := view.linear(layer.name).path)}

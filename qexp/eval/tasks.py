@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.core.errors import UserError
-from qexp.data.corpora import need_hub
+from qexp.core.hub import need_hub
 from qexp.data.generated import max_positions
 from qexp.eval.grammar import VERSION, pairs
 
@@ -99,6 +99,7 @@ def _check_known(name: str, known: Sequence[str]) -> None:
 def accuracies(model: Any, tokenizer: Any, plan: Plan) -> dict[str, float]:
     """Return ``accuracy/<task>``, ``accuracy/<task>/stderr`` and, where defined, ``accuracy/<task>/norm``."""
     metrics: dict[str, float] = {}
+    log.info("tasks %s (%s)", ", ".join(plan.tasks), f"{plan.limit} examples each" if plan.limit else "all examples")
     with (
         _quiet(),
         contextlib.redirect_stderr(io.StringIO()),

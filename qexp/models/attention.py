@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qexp.core.maps import LinearMap
+from qexp.core.placed import wide
 from qexp.core.stages import Kv
 
 NAME = "qexp"
@@ -45,17 +46,19 @@ def attention(
 
 
 def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """Return attention with capped scores (Gemma 2), which "sdpa" refuses; scores in float32."""
+    """Return attention with capped scores (Gemma 2), which "sdpa" refuses; scores at least in float32."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    scores = wide(query @ key.transpose(-1, -2)) * scaling
     scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
     if mask is None:
         S, K = scores.shape[-2:]
         mask = torch.ones(S, K, dtype=torch.bool, device=scores.device).tril(K - S)
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).contiguous()
+    lowest = torch.finfo(scores.dtype).min  # finite: a row of padding sees nothing, and must not become NaN
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
+    return mixed.transpose(1, 2).contiguous()
 
 
 def install(model: PreTrainedModel) -> bool:

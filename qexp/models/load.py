@@ -10,13 +10,13 @@ import hashlib
 import json
 import logging
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.core.errors import UserError, choose
+from qexp.core.hub import need_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent / "embedded" / "weights"
-HUB = ("huggingface.co", 443)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -52,15 +51,13 @@ class ModelSource:
         if self.format == "gguf" and not Path(self.path).is_file():
             raise UserError(f"model.path={self.path} is not a file", "a .gguf file", "model.path=<file.gguf>")
         if self.folder is None and (self.path.startswith((".", "/", "~")) or self.path.count("/") != 1):
-            raise UserError(f"model.path={self.path} is no folder and no hub id", "an existing folder or <owner>/<name>")
+            raise UserError(
+                f"model.path={self.path} is no folder and no hub id", "an existing folder or <owner>/<name>"
+            )
         if self.folder is not None and self.format == "hf" and not (self.folder / "config.json").is_file():
             raise UserError(f"model.path={self.path} has no config.json", "a folder saved by save_pretrained")
-        if self.folder is None and not _is_cached(self.path) and not _hub_answers():
-            raise UserError(
-                f"model.path={self.path} is a hub id and the hub cannot be reached",
-                "a connection or a local copy",
-                "model.path=<folder> (or model=embedded)",
-            )
+        if self.folder is None and not _is_cached(self.path):
+            need_hub(f"model.path={self.path} is on the hub", "model.path=<folder> (or model=embedded)")
 
     @property
     def folder(self) -> Path | None:
@@ -70,9 +67,16 @@ class ModelSource:
         path = Path(self.path or "").expanduser()
         return path if path.exists() else None
 
+    @property
+    def needs_text(self) -> bool:
+        """Return whether injecting the outliers needs text of the model."""
+        return str(self.outliers["kind"]) == "rotate"
+
     def identity(self) -> dict[str, Any]:
         """Return what determines the weights, without machine paths: contents for local files, id for the hub."""
-        weights = {"hub": self.path, "revision": self.revision} if self.folder is None else {"sha256": _digest(self.folder)}
+        weights = (
+            {"hub": self.path, "revision": self.revision} if self.folder is None else {"sha256": _digest(self.folder)}
+        )
         return weights | {"dtype": self.dtype, "outliers": dict(self.outliers)}
 
     def load(self, device: str, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -83,25 +87,45 @@ class ModelSource:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        _silence_local_reading()
         source = str(self.folder or self.path)
         if self.format == "gguf":
             source = str(_convert_gguf(Path(source), cache))
         dtype = ("float32" if device == "cpu" else "auto") if self.dtype == "auto" else self.dtype
         local = self.folder is not None
-        common = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code, "local_files_only": local}
+        common = {
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": local,
+        }
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **common)
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"model.path={self.path} cannot be loaded: {_first_line(error)}", "a readable causal LM") from error
+            raise UserError(
+                f"model.path={self.path} cannot be loaded: {_first_line(error)}", "a readable causal LM"
+            ) from error
         except Exception as error:
             if type(error).__name__ != "SafetensorError":
                 raise
-            raise UserError(f"model.path={self.path} is corrupt: {_first_line(error)}", "a complete checkpoint") from error
+            raise UserError(
+                f"model.path={self.path} is corrupt: {_first_line(error)}", "a complete checkpoint"
+            ) from error
         bad = next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
         if bad is not None:
-            raise UserError(f"the weight {bad} of model.path={self.path} is not finite", "a checkpoint without NaN or Inf")
+            raise UserError(
+                f"the weight {bad} of model.path={self.path} is not finite", "a checkpoint without NaN or Inf"
+            )
         return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def _silence_local_reading() -> None:
+    """Switch transformers' bar for reading weights off; downloads keep theirs."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:
@@ -123,7 +147,9 @@ def _convert_gguf(file: Path, cache: Path) -> Path:
             )
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
-            raise UserError(f"model.path={file} cannot be read: {_first_line(error)}", "a GGUF file of a known model") from error
+            raise UserError(
+                f"model.path={file} cannot be read: {_first_line(error)}", "a GGUF file of a known model"
+            ) from error
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -151,13 +177,3 @@ def _is_cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
-
-
-def _hub_answers() -> bool:
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return False
-    try:
-        socket.create_connection(HUB, timeout=2).close()
-    except OSError:
-        return False
-    return True

@@ -21,24 +21,14 @@ from qexp.core.maps import Dense, Diagonal, PerHead
 from qexp.core.norms import Center, unit_gain
 from qexp.core.rng import generator
 from qexp.core.words import Insert, Site
-from qexp.data.generated import Request, first_token, max_positions, sample, silent
 from qexp.models.view import ModelView
 
 log = logging.getLogger(__name__)
 
 
-def sampled_text(model: Any, tokenizer: Any, outliers: Mapping[str, Any]) -> Tensor | None:
-    """Return token ids [16, 256] sampled from the untouched model where the stress needs text, else None."""
-    if outliers["kind"] != "rotate":
-        return None
-    tokens = min(256, max_positions(model) or 256)
-    request = Request(samples=16, tokens=tokens, seed=int(outliers["seed"]), stream="outliers", bos=True)
-    return sample(model, request, first_token(tokenizer), request.samples, silent)
-
-
 @torch.no_grad()
 def inject(view: ModelView, outliers: Mapping[str, Any], text: Tensor | None) -> None:
-    """Apply ``model.outliers`` (kind, channels, scale, seed) in place; ``text`` from :func:`sampled_text`."""
+    """Apply ``model.outliers`` (kind, channels, scale, seed) in place; ``text``: token ids [N, S] for rotate."""
     kind, channels, scale = str(outliers["kind"]), int(outliers["channels"]), float(outliers["scale"])
     if kind == "none":
         return
@@ -48,7 +38,7 @@ def inject(view: ModelView, outliers: Mapping[str, Any], text: Tensor | None) ->
         assert text is not None
         _rotate(view, text)
         for site in view.sites("attn_in", "mlp_in") if channels else []:
-            _scale(view, site, torch.arange(channels), scale)
+            _scale(view, site, torch.arange(site.size), channels, scale)
         return
     if channels == 0:
         raise UserError("model.outliers.kind=scale scales no channel", "channels", "model.outliers.channels=4")
@@ -56,15 +46,16 @@ def inject(view: ModelView, outliers: Mapping[str, Any], text: Tensor | None) ->
         width = site.head_size or site.size
         wanted = max(1, channels * width // site.size) if site.head_size else channels
         order = torch.randperm(width, generator=generator(int(outliers["seed"]), "outliers", site.name))
-        _scale(view, site, order[:wanted], scale)
+        _scale(view, site, order, wanted, scale)
 
 
-def _scale(view: ModelView, site: Site, which: Tensor, scale: float) -> None:
-    width = site.head_size or site.size
-    if int(which.max()) >= width:
-        raise UserError(f"model.outliers.channels={len(which)} exceeds the {width} channels of {site.name}")
+def _scale(view: ModelView, site: Site, order: Tensor, channels: int, scale: float) -> None:
+    """Scale the first ``channels`` of ``order``, a permutation of the channels of a site or of one of its heads."""
+    width = len(order)
+    if channels > width:
+        raise UserError(f"model.outliers.channels={channels} exceeds the {width} channels of {site.name}")
     factor = torch.ones(width, dtype=torch.float64)
-    factor[which] = scale
+    factor[order[:channels]] = scale
     if site.head_size:
         rewrite.insert(view.model, site, Insert("per_head", PerHead(Diagonal(factor), site.size // site.head_size)))
     else:

@@ -7,6 +7,7 @@ any other architecture gets the generic view: every linear of its blocks, each w
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ from qexp.core.norms import NORM, OFFSET_NORM, bias_of, gain_of
 from qexp.core.words import Group, Layer, Site, Writer
 from qexp.models import attention
 from qexp.models.families import Family, family_of
+from qexp.models.replay import Replays
 
 log = logging.getLogger(__name__)
 
+DOOR = "door"
 READERS = {"attn_in": ("q", "k", "v"), "attn_out": ("o",), "mlp_in": ("gate", "up"), "mlp_mid": ("down",)}
 
 
@@ -29,19 +32,22 @@ class ModelView:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.config = model.config.get_text_config()
+        self.config: Any = model.config.get_text_config()
         self.family = family_of(self.config)
         self.stored_parameters = sum(p.numel() for p in model.parameters())  # of the float model: tied ones once
         self.prefix = self.family.blocks if self.family else _largest_module_list(model)
-        self.blocks = list(model.get_submodule(self.prefix))
+        self.blocks: list[nn.Module] = list(model.get_submodule(self.prefix).children())
         self.has_door = attention.install(model)
+        self.replays = Replays(model)
         self._groups = [self._find_groups(i) for i in range(len(self.blocks))]
         self.layers = [layer for groups in self._groups for group in groups for layer in group.layers]
         if not self.layers:
-            raise UserError(f"no linear layers in the blocks of a {self.config.model_type}", "nn.Linear layers to quantize")
+            raise UserError(
+                f"no linear layers in the blocks of a {self.config.model_type}", "nn.Linear layers to quantize"
+            )
         replace_linears(model, [tuple(layer.name for layer in g.layers) for gs in self._groups for g in gs])
         for block in range(len(self.blocks) if self.has_door and self.family else 0):
-            model.get_submodule(self.path(block, self._family.attention)).door = attention.Door()
+            setattr(model.get_submodule(self.path(block, self._family.attention)), DOOR, attention.Door())
 
     @property
     def _family(self) -> Family:
@@ -78,7 +84,8 @@ class ModelView:
         """Return the attention door of a block, or None where the architecture has none."""
         if self.family is None or not self.has_door:
             return None
-        door: attention.Door = self.model.get_submodule(self.path(block, self.family.attention)).door
+        door = getattr(self.model.get_submodule(self.path(block, self.family.attention)), DOOR)
+        assert isinstance(door, attention.Door)
         return door
 
     def groups(self, block: int) -> list[Group]:
@@ -116,10 +123,21 @@ class ModelView:
             size = self.config.hidden_size
             return Site("head_in", kind, None, size, (final,), (family.head,), frozenset({"diagonal"}))
         outputs = [self.path(b, family.linears[r]) for b in blocks for r in ("o", "down")]
-        readers = [self.path(b, family.linears[r]) for b in blocks for r in ("q", "k", "v", "gate", "up") if r in family.linears]
-        norms = [Writer(self.path(b, n), family.norm_kind) for b in blocks for n in (family.attention_norm, family.mlp_norm)]
+        readers = [
+            self.path(b, family.linears[r])
+            for b in blocks
+            for r in ("q", "k", "v", "gate", "up")
+            if r in family.linears
+        ]
+        norms = [
+            Writer(self.path(b, n), family.norm_kind) for b in blocks for n in (family.attention_norm, family.mlp_norm)
+        ]
         writers = [Writer(e, "embedding") for e in family.embeddings] + [Writer(o, "linear") for o in outputs]
-        admits = frozenset() if family.post_norms else frozenset({"orthogonal"} | ({"center"} if family.layer_norm else set()))
+        admits = (
+            frozenset()
+            if family.post_norms
+            else frozenset({"orthogonal"} | ({"center"} if family.layer_norm else set()))
+        )
         return Site(
             "residual", kind, None, self.config.hidden_size, tuple(writers), (*readers, family.head), admits,
             norms=(*norms, final),
@@ -144,7 +162,9 @@ class ModelView:
         if kind == "mlp_mid":
             admits = {"diagonal"} if family.scalable_middle else set()
             writers = (Writer(named("up")[0], "linear"),)
-            return Site(name, kind, block, self.linear(named("down")[0]).in_features, writers, named("down"), frozenset(admits))
+            return Site(
+                name, kind, block, self.linear(named("down")[0]).in_features, writers, named("down"), frozenset(admits)
+            )
         if kind == "attn_out":
             return Site(name, kind, block, heads * d, (), named("o"), frozenset(), head_size=d)
         assert kind == "query_key"
@@ -153,7 +173,8 @@ class ModelView:
     @torch.no_grad()
     def untie(self) -> None:
         """Give the output head a weight of its own, so that folding into it does not reach the embedding."""
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        embedding: Any = self.model.get_input_embeddings()
         if head is not None and head.weight is embedding.weight:
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
             self.config.tie_word_embeddings = self.model.config.tie_word_embeddings = False
@@ -172,7 +193,7 @@ class ModelView:
 
 def _largest_module_list(model: nn.Module) -> str:
     """Return the name of the module list with most linear parameters: the decoder blocks of any architecture."""
-    sizes = {
+    sizes: dict[str, int] = {
         name: sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)

@@ -47,7 +47,7 @@ def _identity(rows: Sequence[Row]) -> Iterator[Column]:
     for name in ("method", "bits", "model"):
         yield _text(name, attrgetter(name))
     for kind in dict.fromkeys(key for row in rows for key in row.stages):
-        yield _text(f"stage/{kind}", _looked_up("stages", kind), kind)
+        yield _text(f"stage/{kind}", _looked_up("stages", kind), kind, spare=9 if _implied(kind, rows) else 0)
     for key in dict.fromkeys(key for row in rows for key in row.settings):
         yield _text(f"setting/{key}", _looked_up("settings", key), key)
 
@@ -114,8 +114,16 @@ def _looked_up(mapping: str, key: str) -> Callable[[Row], Any]:
     return lambda row: getattr(row, mapping).get(key)
 
 
-def _text(key: str, value: Callable[[Row], str | None], heading: str = "") -> Column:
-    return Column(key=key, title=heading or key, kind="text", value=value, text=lambda row: value(row) or ABSENT)
+def _implied(kind: str, rows: Sequence[Row]) -> bool:
+    """Return whether a row's method says which members of ``kind`` it has: none was swapped in any row."""
+    return len({(row.method, row.stages.get(kind)) for row in rows}) == len({row.method for row in rows})
+
+
+def _text(key: str, value: Callable[[Row], str | None], heading: str = "", spare: int = 0) -> Column:
+    def text(row: Row) -> str:
+        return value(row) or ABSENT
+
+    return Column(key=key, title=heading or key, kind="text", value=value, text=text, spare=spare)
 
 
 def _raw(key: str, value: Callable[[Row], Any]) -> Column:

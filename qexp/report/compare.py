@@ -65,7 +65,8 @@ def paired(ours: Row, theirs: Row, name: str) -> Difference | None:
 def against(rows: Sequence[Row], baseline: str) -> None:
     """Give each row ``versus/<set>`` (paired difference, interval in low/high) and ``ratio/<set>`` (of the two gaps).
 
-    ``baseline`` is a method name (or a run's name); each row is held against that row of its own model and bits.
+    ``baseline`` is a method name (or a run's name); each row is held against that row of its own model and bits, or
+    against the float row of its model.
     Raises: UserError if no row has that name.
     """
     candidates = [row for row in rows if baseline in (row.method, row.runs[0]["name"]) and not row.failed]
@@ -73,7 +74,7 @@ def against(rows: Sequence[Row], baseline: str) -> None:
         known = nearest(baseline, {row.method for row in rows if not row.failed})
         raise UserError(f"--baseline {baseline} is not among the completed runs", known)
     for row in rows:
-        same = [other for other in candidates if (other.model, other.bits) == (row.model, row.bits)]
+        same = [other for other in candidates if other.model == row.model and (other.is_float or other.bits == row.bits)]
         if len(same) > 1 and row is not same[0]:
             log.warning("%d rows of %s %s; %s is held against the first", len(same), baseline, row.bits, row.label)
         if same and not row.failed:

@@ -106,7 +106,7 @@ def _details(record: Record) -> dict[str, Any]:
         "name": record["name"],
         "status": record["status"],
         "error": record.get("error", ""),
-        "fingerprint": record["fingerprint"],
+        "fingerprint": record["fingerprint"][:10],  # as in the name of the folder
         "warnings": record["warnings"],
         "facts": {**record["cost"], **{key: _short(value) for key, value in record["environment"].items()}},
         "config": _yaml(record["config"]),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Point = tuple[Row, float, float]  # row, bits per weight, value
 
 _LOG_ABOVE = 3.0  # ratio of largest to smallest value from which an axis is logarithmic
+_NARROWEST = 0.5  # bits per weight an axis shows at least
 _LABELLED = 30  # points; above, names would cover the plot and the legend must do
 
 
@@ -80,8 +81,10 @@ def _panel(ax: Axes, key: str, points: Sequence[Point], styles: dict[str, dict[s
     values = [y for _, _, y in points]
     if max(values) / min(values) > _LOG_ABOVE:
         ax.set_yscale("log")
-    ax.plot(*zip(*_frontier(points), strict=True), color=INK, linewidth=1, alpha=0.55, zorder=1)
+    for line in _frontiers(points):
+        ax.plot(*zip(*line, strict=True), color=INK, linewidth=1, alpha=0.55, zorder=1)
     ax.margins(x=0.2, y=0.14)
+    _widen(ax)
     ax.set_xlabel("bits per weight, all that is stored", color=INK)
     ax.set_title(_panel_title(key, points), loc="left", fontsize=11, color=INK)
     ax.grid(visible=True, color=INK, alpha=0.16, linewidth=0.6)
@@ -103,9 +106,22 @@ def _panel_title(key: str, points: Sequence[Point]) -> str:
 
 def _name_points(ax: Axes, points: Sequence[Point]) -> None:
     """Write methods beside points: all of a few, of many only those on the frontier."""
-    frontier = _frontier(points)
-    named = points if len(points) <= _LABELLED else [point for point in points if point[1:] in frontier]
+    best = {place for line in _frontiers(points) for place in line}
+    named = points if len(points) <= _LABELLED else [point for point in points if point[1:] in best]
     labels.place(ax, [(x, y, literal(row.method)) for row, x, y in named], INK)
+
+
+def _widen(ax: Axes) -> None:
+    """Show half a bit at least: what differs by the size of its scales alone should look alike."""
+    low, high = ax.get_xlim()
+    if (missing := _NARROWEST - (high - low)) > 0:
+        ax.set_xlim(low - missing / 2, high + missing / 2)
+
+
+def _frontiers(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    """Return one frontier per activation and cache setting: w4a4 pays for what w4a16 does not have."""
+    kinds = dict.fromkeys(_activations(row) for row, _, _ in points)
+    return [_frontier([point for point in points if _activations(point[0]) == kind]) for kind in kinds]
 
 
 def _frontier(points: Sequence[Point]) -> list[tuple[float, float]]:

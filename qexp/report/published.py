@@ -26,7 +26,7 @@ def match(config: Mapping[str, Any]) -> list[Published]:
     Each has ``value``, ``source``, ``metric`` (the record's metric key), ``fp_value`` (the same model unquantized, or
     None) and ``note``.
     """
-    if config.get("model", {}).get("outliers"):
+    if (config.get("model", {}).get("outliers") or {}).get("kind", "none") != "none":
         return []
     sets = _sets(config)
     return [_describe(row, sets, config) for row in _table()["rows"] if _same_setting(row, config, sets)]

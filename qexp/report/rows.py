@@ -1,7 +1,8 @@
 """From records to the rows of a comparison: who it was (method, bits, model, what differs) and what was measured.
 
-Runs that differ in nothing but seeds become one row: metrics are means, with their range kept. A stage is shown where
-it differs between any two rows; another setting is shown where nothing else tells two rows of one method apart.
+Runs that differ in nothing but seeds become one row: metrics are means, with their range kept. So do runs of the float
+model that differ in bits, which it does not use. A stage is shown where it differs between any two rows that quantize;
+another setting is shown where nothing else tells two rows of one method apart.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from qexp.report.record import Record
 KINDS = ("transform", "grid", "solver", "act", "kv", "tuner", "allocation")
 # Where a run was written and who watched it; the fingerprint leaves them out as well.
 _NOT_A_SETTING = ("output_dir", "resume", "tracking", "hydra", "method.name", "bits.name", "model.name")
+FLOAT_BITS = "w16a16"  # of a float row, whatever bits its run was given
 _FLOAT_GAP = 1e-6  # nats; below it a 16-bit row is the float model itself, evaluated once more
 
 
@@ -53,9 +55,7 @@ class Row:
     @property
     def is_float(self) -> bool:
         """Whether this row is the unquantized model: 16 bits or more, and no gap on any set."""
-        gaps = [value for key, value in self.metrics.items() if key.startswith("gap/")]
-        wide = (self.metrics.get("size/bits_per_weight") or 16.0) >= 16.0
-        return wide and bool(gaps) and all(gap is not None and abs(gap) < _FLOAT_GAP for gap in gaps)
+        return _is_float(self.metrics)
 
 
 def make(records: Sequence[Record], *, by_seed: bool = False) -> list[Row]:
@@ -63,7 +63,7 @@ def make(records: Sequence[Record], *, by_seed: bool = False) -> list[Row]:
     groups: dict[str, list[Record]] = defaultdict(list)
     for i, record in enumerate(records):
         alone = by_seed or record["status"] == "failed"
-        groups[f"{i}" if alone else json.dumps(_without_seeds(record["config"]), sort_keys=True)].append(record)
+        groups[f"{i}" if alone else json.dumps(_setting(record), sort_keys=True)].append(record)
     rows = [_row(tuple(group)) for group in groups.values()]
     _name_stages(rows)
     _name_settings(rows, by_seed=by_seed)
@@ -83,11 +83,20 @@ def sets(rows: Iterable[Row], prefix: str) -> list[str]:
 
 
 def title(record: Record) -> tuple[str, str, str]:
-    """Return method, bits and model as the config names them, ``?`` for what a failed run never resolved."""
+    """Return method, bits and model as the config names them, ``?`` for what a failed run never resolved.
+
+    A model under a stress test is another model: ``embedded +rotate``, ``embedded +scale 4 x 30``.
+    """
     config = record["config"]
     names = ((config.get(key) or {}).get("name") for key in ("method", "bits", "model"))
     method, bits, model = (str(name) if name else "?" for name in names)
-    return method, bits, model
+    return method, bits, model + _stress((config.get("model") or {}).get("outliers") or {})
+
+
+def _stress(outliers: Mapping[str, Any]) -> str:
+    kind, channels = outliers.get("kind", "none"), outliers.get("channels", 0)
+    size = f" {channels} x {outliers.get('scale', 1):g}" if channels else ""
+    return "" if kind == "none" else f" +{kind}{size}"
 
 
 def _members(node: Any) -> Iterator[str]:
@@ -107,10 +116,25 @@ def _without_seeds(node: Any) -> Any:
     return [_without_seeds(item) for item in node] if isinstance(node, list) else node
 
 
+def _setting(record: Record) -> Any:
+    """Return what tells rows apart: the config without seeds, of a float row without the bits it does not use."""
+    setting = _without_seeds(record["config"])
+    if _is_float(_measured(record)):
+        setting = {key: value for key, value in setting.items() if key not in ("bits", "method")}
+        setting["method"] = title(record)[0]
+    return setting
+
+
+def _is_float(metrics: Mapping[str, float | None]) -> bool:
+    gaps = [value for key, value in metrics.items() if key.startswith("gap/")]
+    wide = (metrics.get("size/bits_per_weight") or 16.0) >= 16.0
+    return wide and bool(gaps) and all(gap is not None and abs(gap) < _FLOAT_GAP for gap in gaps)
+
+
 def _row(runs: tuple[Record, ...]) -> Row:
     method, bits, model = title(runs[0])
-    row = Row(method=method, bits=bits, model=model, runs=runs, metrics={})
     each = [_measured(run) for run in runs]
+    row = Row(method=method, bits=FLOAT_BITS if _is_float(each[0]) else bits, model=model, runs=runs, metrics={})
     for key in dict.fromkeys(key for metrics in each for key in metrics):
         values = [metrics.get(key) for metrics in each]
         finite = [value for value in values if value is not None]
@@ -139,11 +163,12 @@ def _log_ratio(value: float | None, reference: float | None) -> float | None:
 
 
 def _name_stages(rows: list[Row]) -> None:
-    """Set ``row.stages`` to the kinds whose members differ between any two rows."""
+    """Set ``row.stages`` to the kinds whose members differ between any two rows that quantize."""
     each = [stages(row.runs[0]["config"].get("method") or {}) for row in rows]
-    differing = [kind for kind in KINDS if len({tuple(names[kind]) for names in each}) > 1]
+    compared = [names for row, names in zip(rows, each, strict=True) if not row.is_float]
+    differing = [kind for kind in KINDS if len({tuple(names[kind]) for names in compared}) > 1]
     for row, names in zip(rows, each, strict=True):
-        row.stages = {kind: " + ".join(names[kind]) or "none" for kind in differing}
+        row.stages = {} if row.is_float else {kind: " + ".join(names[kind]) or "none" for kind in differing}
 
 
 def _name_settings(rows: list[Row], *, by_seed: bool) -> None:

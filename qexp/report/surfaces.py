@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qexp.report.record import ActivationRecord
-from qexp.report.rows import Row
+from qexp.report.rows import Row, stages
 from qexp.report.style import INK
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ _GRID_LINES: Any = {
 
 
 def figures(lines: Sequence[Row]) -> dict[str, Figure | None]:
-    """Return one figure per row and recorded layer, the first ``LIMIT`` of them."""
-    every = list(_activations(lines))
+    """Return one figure per model, composition of transforms and recorded layer, the first ``LIMIT`` of them."""
+    every = list(distinct(lines))
     if len(every) > LIMIT:
         log.warning("%d activation surfaces recorded, %d drawn", len(every), LIMIT)
     return {f"activations/{row.model}/{row.label}/{entry['layer']}": surface(entry) for row, entry in every[:LIMIT]}
@@ -45,7 +45,7 @@ def surface(entry: ActivationRecord) -> Figure:
     sides = {"before": (entry["before"], entry["kurtosis_before"]), "after": (entry["after"], entry["kurtosis_after"])}
     grids = {when: np.abs(np.nan_to_num(np.asarray(x, dtype=np.float64), posinf=0.0)) for when, (x, _) in sides.items()}
     top = max(float(grid.max()) for grid in grids.values()) or 1.0
-    figure = Figure(figsize=(9.6, 4.0), facecolor="none")
+    figure = Figure(figsize=(9.6, 3.9), facecolor="none")
     for i, (when, grid) in enumerate(grids.items()):
         with matplotlib.rc_context(_GRID_LINES):
             ax = figure.add_axes((0.005 + 0.49 * i, 0.075, 0.455, 0.86), projection="3d")
@@ -56,11 +56,28 @@ def surface(entry: ActivationRecord) -> Figure:
     return figure
 
 
-def _activations(lines: Sequence[Row]) -> Iterator[tuple[Row, ActivationRecord]]:
+def distinct(lines: Sequence[Row]) -> Iterator[tuple[Row, ActivationRecord]]:
+    """Yield each recorded layer with the first row that shows it: of rows that transform alike one is enough.
+
+    A row without transforms is the float model twice: it stands for a model only where no row of it transforms.
+    """
+    transformed = {row.model for row in lines if transforms(row)}
+    seen: set[tuple[str, ...]] = set()
     for row in lines:
         for entry in row.runs[0].get("diagnostics", {}).get("activations", []):
-            if entry["before"] and entry["after"]:
+            key = (row.model, transforms(row), entry["layer"], *_transform_settings(row))
+            if entry["before"] and entry["after"] and key not in seen and (key[1] or row.model not in transformed):
+                seen.add(key)
                 yield row, entry
+
+
+def transforms(row: Row) -> str:
+    """Return the row's transforms as text, empty where there are none."""
+    return " + ".join(stages(row.runs[0]["config"].get("method") or {})["transform"])
+
+
+def _transform_settings(row: Row) -> list[str]:
+    return [f"{key}={value}" for key, value in row.settings.items() if key.startswith("method.transform.")]
 
 
 def _reduce(grid: NDArray[Any]) -> NDArray[Any]:
@@ -86,7 +103,7 @@ def _draw(ax: Any, grid: NDArray[Any], top: float) -> None:
     )  # fmt: skip
     ax.set_zlim(0, top)
     ax.view_init(elev=26, azim=-58)
-    ax.set_box_aspect((1.25, 1.0, 0.72), zoom=1.04)
+    ax.set_box_aspect((1.25, 1.0, 0.72), zoom=1.14)
     ax.set_facecolor("none")
     ax.set_xlabel("channel", color=INK, fontsize=9)
     ax.set_ylabel("token", color=INK, fontsize=9)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from qexp.report import columns
 from qexp.report.columns import Column
-from qexp.report.rows import Row
+from qexp.report.rows import Row, sets
 
 _ENDLESS = 10_000  # characters
 
@@ -77,8 +77,18 @@ def _fit(visible: Sequence[Column], rows: Sequence[Row], width: int) -> tuple[li
         least = max(kept, key=lambda column: column.spare)
         kept.remove(least)
         left_out.append(least.title)
-    facts += [f"left out for width (see --csv, --html): {', '.join(left_out)}"] if left_out else []
-    return kept, "   ".join(facts)
+    lines = ["   ".join(facts)] if facts else []
+    lines += [f"left out for width (qexp-report --csv has them): {', '.join(left_out)}"] if left_out else []
+    return kept, "\n".join([*lines, *_legend(kept, rows)])
+
+
+def _legend(shown: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    """Return one line that says what a gap is and, where the titles do not, on which text it was measured."""
+    names = sets(rows, "perplexity")
+    if not any(column.key.startswith("gap/") for column in shown):
+        return []
+    where = f" on {names[0]}" if len(names) == 1 else ""
+    return [f"gap: log perplexity{where} minus the float model's, in nats (0.01 is one percent)"]
 
 
 def _width(column: Column, rows: Sequence[Row]) -> int:

@@ -35,10 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"core", "kernels", "models"},
 } | {f"stages.{kind}": {"core", "kernels"} for kind in STAGES}
 
-# Files directly under qexp/ see everything, and nothing below may import them; Hydra stays in two of them.
+# Files directly under qexp/ see everything, and nothing below may import them; Hydra stays in three of them.
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMMANDS = {name: target.split(":")[0] for name, target in PROJECT["project"]["scripts"].items()}
-HYDRA_FILES = (COMMANDS["qexp"], "qexp.schema")
+HYDRA_FILES = (COMMANDS["qexp"], "qexp.schema", "qexp.sources")
 
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "wandb", "matplotlib", "scipy", "pandas"}
 # Import name -> distribution name, where metadata does not know it because the package is an extra.

@@ -2,8 +2,8 @@
 
     python -m qexp.models.embedded.train --text FILE [--output FOLDER] [--steps N]
 
-The recipe of the weights in this folder: byte-level BPE of 4096 tokens, 4096 tokens a step (16 x 256,
-in the last fifth 8 x 512: attention is 40 % of the time at 512), AdamW, cosine schedule, bfloat16 autocast. Whole books are held out for the perplexity in
+The recipe of the weights in this folder: byte-level BPE of 4096 tokens, 4096 tokens a step (16 x 256, in the last
+fifth 8 x 512: attention is 40 % of the time at 512), AdamW, cosine schedule, bfloat16 autocast. Whole books are held out for the perplexity in
 the model card. A killed training continues at its last checkpoint, with the same batches.
 """
 
@@ -33,7 +33,7 @@ MODEL_LICENSE = "Apache-2.0"
 
 def read_books(path: Path) -> list[str]:
     """Return the books of ``path`` (``.txt`` or ``.txt.xz``), separated by two blank lines."""
-    raw = lzma.open(path, "rt").read() if path.suffix == ".xz" else path.read_text()
+    raw = lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
     return [book.strip() for book in raw.split("\n\n\n") if book.strip()]
 
 
@@ -139,7 +139,9 @@ def optimiser_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
 
 
-def fit(train: np.ndarray, held_out: np.ndarray, steps: int, state_file: Path) -> tuple[LlamaForCausalLM, list]:
+def fit(
+    train: np.ndarray, held_out: np.ndarray, steps: int, state_file: Path
+) -> tuple[LlamaForCausalLM, list[dict[str, float | None]]]:
     """Train for ``steps`` steps, resuming from ``state_file``; return the model and its loss curve."""
     torch.manual_seed(0)
     model = new_model()
@@ -162,7 +164,9 @@ def fit(train: np.ndarray, held_out: np.ndarray, steps: int, state_file: Path) -
         step += 1
         if step % 100 == 0 or step == steps:
             quick = held_out_loss(model, held_out, 16) if step % 500 == 0 or step == steps else None
-            curve.append({"step": step, "loss": loss.item(), "held_out_loss": quick, "seconds": time.monotonic() - began})
+            curve.append(
+                {"step": step, "loss": loss.item(), "held_out_loss": quick, "seconds": time.monotonic() - began}
+            )
             print(json.dumps(curve[-1]), flush=True)
         if step % 250 == 0:
             state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "curve": curve}
@@ -176,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="books, .txt or .txt.xz, two blank lines between")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights", help="folder of the result")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--work", type=Path, default=Path("outputs/embedded-training"), help="checkpoint folder")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,6 @@ class NoAct:
     version: ClassVar[int] = 1
     bits: ClassVar[int] = FULL_BITS
 
-    def freeze(self, stats: Stats | None) -> Callable[[Tensor], Tensor]:  # noqa: ARG002
+    def freeze(self, stats: Stats | None) -> Callable[[Tensor], Tensor]:
         """Return the identity."""
         return lambda x: x

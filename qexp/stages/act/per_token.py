@@ -37,7 +37,7 @@ class PerToken:
         if not 0 < self.clip <= 1:
             raise UserError(f"act.clip={self.clip}", "a ratio in (0, 1]", "method.act.clip=1.0")
 
-    def freeze(self, stats: Stats | None) -> Callable[[Tensor], Tensor]:  # noqa: ARG002
+    def freeze(self, stats: Stats | None) -> Callable[[Tensor], Tensor]:
         """Return x [..., I] -> x̂ [..., I], same dtype; it looks at nothing but the token itself."""
         if self.bits >= FULL_BITS:
             return lambda x: x

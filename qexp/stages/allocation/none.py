@@ -16,6 +16,6 @@ class NoAllocation:
 
     version: ClassVar[int] = 1
 
-    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:  # noqa: ARG002
+    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
         """Return 16 bits by layer name."""
         return {layer.name: FULL_BITS for layer in layers}

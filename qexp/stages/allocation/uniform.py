@@ -18,6 +18,6 @@ class Uniform:
 
     version: ClassVar[int] = 1
 
-    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:  # noqa: ARG002
+    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
         """Return bits by layer name."""
         return {layer.name: self.bits for layer in layers}

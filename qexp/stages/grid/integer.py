@@ -15,7 +15,6 @@ clip is measured with the Hessian of all tokens instead of 512 of them, on a ran
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +26,6 @@ from torch import Tensor
 from qexp.core.errors import NumericalError, UserError, choose
 from qexp.core.words import FULL_BITS, Layer, Params
 from qexp.stages.grid import _shared as shared
-
-log = logging.getLogger(__name__)
 
 SYMMETRIES = ("restricted", "half_step", "full_unsigned", "full_signed", "asymmetric")
 RANGES = ("minmax", "mse", "diag_h", "output")
@@ -126,9 +123,8 @@ class Integer:
     def _range(self, W_OJ: Tensor, H_JJ: Tensor | None) -> shared.Range:
         """Return the range of every slice by this grid's rule."""
         W_OGg, rule = shared.slices(W_OJ, self.group), self.range
-        if H_JJ is None and rule in ("diag_h", "output"):
-            rule = {"diag_h": "mse", "output": "minmax"}[rule]
-            log.warning("grid range %s has no Hessian here: %s is used", self.range, rule)
+        if H_JJ is None:  # only in a search that rounds candidates: a solver gets the Hessian (``needs``)
+            rule = {"diag_h": "mse", "output": "minmax"}.get(rule, rule)
         if rule == "minmax":
             return shared.extremes(W_OGg)
         change = shared.clip if rule == "output" else shared.shrink

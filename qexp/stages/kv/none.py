@@ -21,6 +21,6 @@ class NoKv:
         """Return keys and values unchanged."""
         return k_BASE, v_BASE
 
-    def cost(self, head_size: int) -> float:  # noqa: ARG002
+    def cost(self, head_size: int) -> float:
         """Return 16 bits per cached element."""
         return float(FULL_BITS)

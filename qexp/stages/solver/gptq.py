@@ -52,7 +52,7 @@ class Gptq:
                 "method.solver.act_order=false or method.solver.static_groups=true",
             )
 
-    def solve(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Quantized:  # noqa: ARG002
+    def solve(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Quantized:
         """Return codes [O, I/D], in the original order of columns, of a float32 (or float64) weight.
 
         Raises: NumericalError if the Hessian is not finite. Rounds to nearest, with a warning, if no damping helps.

@@ -22,7 +22,7 @@ class Rtn:
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def solve(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Quantized:  # noqa: ARG002
+    def solve(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Quantized:
         """Return the nearest codes [O, I/D] of a float32 weight."""
         params = grid.fit(W_OI, stats.H_II if stats is not None and grid.needs else None)
         return Quantized(grid.encode(W_OI, params), params)

@@ -49,13 +49,17 @@ class HadamardRotation:
         residual = model.sites("residual")
         if "orthogonal" in residual[0].admits:
             return residual
-        log.info("R1 cannot be folded (norms behind the block outputs): it runs online at the input of q/k/v and gate/up")
+        log.info(
+            "R1 cannot be folded (norms behind the block outputs): it runs online at the input of q/k/v and gate/up"
+        )
         return model.sites("attn_in", "mlp_in")
 
     def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | None:
         """Return the rotation of ``site``."""
         if site.kind in ("residual", "attn_in", "mlp_in"):
-            return Insert("orthogonal", randomized_hadamard(site.size, rng) if self.randomized else Hadamard(site.size, None))
+            return Insert(
+                "orthogonal", randomized_hadamard(site.size, rng) if self.randomized else Hadamard(site.size, None)
+            )
         if site.kind == "value":
             return Insert("per_head", PerHead(Hadamard(site.head_size, None), site.size // site.head_size))
         if site.kind == "attn_out":

@@ -1,0 +1,53 @@
+"""Ask Hydra outside a run: what a choice of groups composes to, and which choices there are.
+
+For ``qexp-methods``, which looks at every recipe, and for messages about mistakes, which name what would have worked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from omegaconf import OmegaConf
+
+from qexp import sources
+from qexp.schema import QexpConfig
+
+CONFIGS = "qexp.conf"
+
+
+def register() -> None:
+    """Tell Hydra our schema and where configs come from."""
+    ConfigStore.instance().store(name="base_config", node=QexpConfig)
+    sources.register()
+
+
+@contextmanager
+def hydra() -> Iterator[None]:
+    """Make Hydra ready for the functions below, without a run."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONFIGS, version_base="1.3"):
+        yield
+
+
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the resolved config of ``qexp OVERRIDES``. Raises: what Hydra and OmegaConf raise."""
+    return cast("dict[str, Any]", OmegaConf.to_container(compose("config", list(overrides)), resolve=True))
+
+
+def options(group: str) -> list[str]:
+    """Return the choices of a group, e.g. of method/solver, those of other packages included; sorted."""
+    found = GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
+    return sorted({name for name in found if not name.startswith("_")})
+
+
+def groups(parent: str = "") -> list[str]:
+    """Return the groups below ``parent``, by full name: method gives method/act, method/grid, ..."""
+    found = GlobalHydra.instance().config_loader().get_group_options(parent, ObjectType.GROUP)
+    return sorted({f"{parent}/{name}".strip("/") for name in found} - {"hydra"})

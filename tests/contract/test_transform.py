@@ -1,0 +1,109 @@
+"""What every transform owes: the function stays, on every family, alone and stacked, whatever the calibration."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from stage_members import assert_well_kept, names
+from toy_models import FAMILIES, distance, logits, tokens, view_of
+from toy_recipes import recipe, transform, transform_named
+
+from qexp.core.errors import UserError
+from qexp.core.stages import Transform
+from qexp.models.view import ModelView
+
+MEMBERS = names("transform")
+NEEDS_BEFORE = {"hadamard": ("fold_norm",)}  # norms must commute with what comes
+STACKS = (
+    ("fold_norm", "hadamard", "smooth"),
+    ("fold_norm", "hadamard", "awq"),  # a folded diagonal in front of an online rotation
+    ("smooth", "awq"),
+)
+EXACT = 1e-9
+
+every_member = pytest.mark.parametrize("name", MEMBERS)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def snapshot(view: ModelView) -> tuple[dict[str, torch.Tensor], dict[str, list[object]]]:
+    """Return every parameter, and every online map by layer."""
+    weights = {name: value.clone() for name, value in view.model.state_dict().items()}
+    return weights, {layer.name: list(view.linear(layer.name).path.maps) for layer in view.layers}
+
+
+def assert_kept(family: str, *transforms: str) -> None:
+    """Assert that the recipe changes the model, and neither its logits nor the shapes of its parameters."""
+    view = view_of(family)
+    before, (weights, maps) = logits(view.model), snapshot(view)
+    transform(view, recipe(*transforms, w=3), tokens())
+    after, after_maps = snapshot(view)
+    assert distance(logits(view.model), before) < EXACT
+    assert distance(logits(view.model, tokens(2, seed=9)), logits(view_of(family).model, tokens(2, seed=9))) < EXACT
+    assert any(not torch.equal(weights[key], after[key]) for key in weights) or maps != after_maps, "nothing happened"
+    assert all(after[key].shape == weights[key].shape for key in weights)
+    # A norm's bias has to go somewhere; only OPT's head has no bias yet.
+    assert after.keys() - weights.keys() <= ({"lm_head.bias"} if family == "opt" else set())
+
+
+def test_all_members_and_families_are_seen():
+    assert len(MEMBERS) >= 4 and len(FAMILIES) == 10
+    assert {"fold_norm", "hadamard", "smooth", "awq"} <= set(MEMBERS)
+
+
+@every_member
+def test_it_is_a_transform_and_well_kept(name):
+    built = transform_named(name)
+    assert isinstance(built, Transform)
+    assert built.scope in ("model", "block")
+    assert_well_kept("transform", name, built)
+
+
+@every_member
+@every_family
+def test_logits_and_shapes_stay(name, family):
+    assert_kept(family, *NEEDS_BEFORE.get(name, ()), name)
+
+
+@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+@every_family
+def test_logits_and_shapes_stay_under_several(stack, family):
+    assert_kept(family, *stack)
+
+
+@every_member
+def test_it_runs_where_the_grid_keeps_all_bits(name):
+    view = view_of("llama")
+    before = logits(view.model)
+    transform(view, recipe(*NEEDS_BEFORE.get(name, ()), name, w=16), tokens())
+    assert distance(logits(view.model), before) < EXACT
+
+
+@every_member
+def test_same_seed_same_weights_and_the_order_of_the_calibration_does_not_matter(name):
+    method, ids = recipe(*NEEDS_BEFORE.get(name, ()), name, w=3), tokens(6)
+    first, _ = snapshot(transform(view_of("qwen3"), method, ids, seed=5))
+    again, _ = snapshot(transform(view_of("qwen3"), method, ids, seed=5))
+    turned, _ = snapshot(transform(view_of("qwen3"), method, ids.flip(0), seed=5))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert all(distance(turned[key], first[key]) < 1e-4 for key in first)
+
+
+@every_member
+def test_looking_for_sites_changes_nothing(name):
+    view = view_of("llama")
+    before, maps = snapshot(view)
+    sites = transform_named(name).sites(view)
+    after, after_maps = snapshot(view)
+    assert sites == transform_named(name).sites(view) and sites
+    assert all(torch.equal(before[key], after[key]) for key in before) and maps == after_maps
+
+
+@every_member
+def test_an_architecture_without_sites_is_refused(name):
+    view = view_of("unknown")
+    weights = copy.deepcopy(view.model.state_dict())
+    with pytest.raises(UserError, match=r"transform on gpt_neox.*set method\.transform=\[\]"):
+        transform(view, recipe(*NEEDS_BEFORE.get(name, ()), name), tokens())
+    assert all(torch.equal(value, weights[key]) for key, value in view.model.state_dict().items())
