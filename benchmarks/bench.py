@@ -6,10 +6,7 @@ import os
 from datetime import UTC, datetime
 from typing import Any
 
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
-
-from qexp.cli import register
+from qexp import compose
 from qexp.core.build import build
 from qexp.launch import Setup, environment
 
@@ -17,7 +14,9 @@ from qexp.launch import Setup, environment
 def machine() -> str:
     """Return date, processor, cores this process may use, threads, load and versions: what a figure means without."""
     about = environment()
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers") if name in about["versions"])
+    versions = ", ".join(
+        f"{name} {about['versions'][name]}" for name in ("torch", "transformers") if name in about["versions"]
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = os.getloadavg()[0]
     return (
@@ -29,11 +28,8 @@ def machine() -> str:
 
 def composed(overrides: list[str]) -> dict[str, Any]:
     """Return the resolved config that ``qexp <overrides>`` runs."""
-    register()
-    with initialize_config_module("qexp.conf", version_base="1.3"):
-        plain = OmegaConf.to_container(compose("config", overrides), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    with compose.hydra():
+        return compose.composed(overrides)
 
 
 def setup_of(config: dict[str, Any]) -> Setup:

@@ -2,8 +2,8 @@
 
     python benchmarks/gptq_phases.py model=hf model.path=<folder> calibration=local calibration.path=<text> ...
 
-Arguments are overrides as for ``qexp``; defaults: method=gptq bits=w4a16g128. The run starts fresh (a folder of its own,
-the float model's results come from the cache if they are there). Prints a Markdown table; asserts nothing.
+Arguments are overrides as for ``qexp``; defaults: method=gptq bits=w4a16g128. The run starts fresh, in a folder of its
+own; the float model's results come from the cache if they are there. Prints a Markdown table; asserts nothing.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ def main(overrides: list[str]) -> None:
         config = composed([*DEFAULTS, *overrides, f"output_dir={folder}"])
         setup = setup_of(config)
         with meter.running():
-            measured = measure(setup, begin(setup, config))
+            measured = measure(setup, begin(setup))
     write = sys.stdout.write
     write(f"{machine()}\noverrides: {' '.join([*DEFAULTS, *overrides])}\n\n")
     write(phases_table(meter) + "\n\n")
     cost = ", ".join(f"{key} {value:.1f}" for key, value in measured["cost"].items())
-    write(f"{cost}\nperplexity: { {k: v for k, v in measured['metrics'].items() if 'perplexity' in k and 'ci95' not in k} }\n")
+    found = {key: value for key, value in measured["metrics"].items() if "perplexity" in key and "ci95" not in key}
+    write(f"{cost}\n{', '.join(f'{key} {value:.3f}' for key, value in found.items())}\n")
 
 
 def phases_table(meter: Meter) -> str:
@@ -71,7 +72,9 @@ def phases_table(meter: Meter) -> str:
         for phase in [*PHASES, "other"]
         if meter.wall[phase] > 0
     ]
-    rows.append(["sum", f"{sum(meter.wall.values()):.1f}", f"{total:.1f}", "", f"{max(meter.peak.values()) / 2**20:.0f}"])
+    rows.append(
+        ["sum", f"{sum(meter.wall.values()):.1f}", f"{total:.1f}", "", f"{max(meter.peak.values()) / 2**20:.0f}"]
+    )
     return table(["phase", "wall s", "CPU s", "of CPU", "peak RSS MiB"], rows)
 
 

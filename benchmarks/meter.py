@@ -1,7 +1,7 @@
 """Seconds and memory of the parts of a program, without changing it: functions are wrapped from outside.
 
-Time goes to the innermost phase that is running, so phases add up to the whole. Memory is the resident set, sampled by a
-thread (torch releases the interpreter lock while it computes).
+Time goes to the innermost phase that is running, so phases add up to the whole. Memory is the resident set, sampled by
+a thread (torch releases the interpreter lock while it computes).
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """GPTQ of one model by llmcompressor and by qexp: the same calibration tokens, the same windows, the same cores.
 
-    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/peer_llmcompressor.py <peer's python> model=hf model.path=<folder> \
+    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/peer_llmcompressor.py <peer's python> \
+        model=hf model.path=<folder> \
         calibration=local calibration.path=<text> calibration.samples=16 calibration.tokens=512 \
         eval.perplexity=[local] eval.local.path=<text> eval.window_tokens=512 eval.limit=10
 
-The peer lives in a venv of its own (torch first, then llmcompressor; it pins another transformers). Both do W4A16, groups
-of 128, symmetric with half a step cut (compressed-tensors' convention), static act-order, damping 0.01, lm_head left.
+The peer lives in a venv of its own (torch first, then llmcompressor; it pins another transformers). Both do W4A16,
+groups of 128, symmetric with half a step cut (compressed-tensors' convention), static act-order, damping 0.01, and
+leave lm_head.
 Timed: from a loaded model and token ids to quantized weights in memory (for qexp this includes its block files).
 """
 
@@ -30,7 +32,15 @@ from qexp.launch import Setup, begin
 from qexp.run import measure
 
 DEFAULTS = ["method=gptq", "method/grid=integer_half_step", "bits=w4a16g128", "tracking=none", "eval.divergence=false"]
-OUTSIDE = ("load model", "calibration text", "evaluation text", "float baseline", "activation surfaces", "evaluate", "other")
+OUTSIDE = (
+    "load model",
+    "calibration text",
+    "evaluation text",
+    "float baseline",
+    "activation surfaces",
+    "evaluate",
+    "other",
+)
 PEER = Path(__file__).with_name("peer_llmcompressor_side.py")
 
 
@@ -45,7 +55,7 @@ def main(arguments: list[str]) -> None:
         config = composed([*overrides, f"output_dir={name}"])
         setup = setup_of(config)
         with meter.running():
-            measured = measure(setup, begin(setup, config))
+            measured = measure(setup, begin(setup))
         metrics = measured["metrics"]
         dataset = next(iter(config["eval"]["perplexity"]))
         cpu = sum(seconds for phase, seconds in meter.cpu.items() if phase not in OUTSIDE)
@@ -72,7 +82,7 @@ def row(name: str, cost: dict[str, Any] | None, perplexity: float, baseline: flo
 
 def peer_result(python: str, setup: Setup, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Quantize with the peer in its own process, put its dequantized weights into our model and measure that."""
-    work = begin(setup, config)
+    work = begin(setup)
     model, tokenizer = setup.model.load(work.device, work.cache)
     tokens = setup.calibration.load(model, tokenizer, work.cache, work.model_identity)
     source = folder / "source"

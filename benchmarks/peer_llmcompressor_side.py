@@ -1,6 +1,6 @@
 """The peer's half of peer_llmcompressor.py: runs in the peer's venv, imports nothing of qexp.
 
-    python peer_llmcompressor_side.py <model folder> <tokens.safetensors> <weights out> <answer out>
+python peer_llmcompressor_side.py <model folder> <tokens.safetensors> <weights out> <answer out>
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ def job(cfg: DictConfig) -> None:
     choices = {k: str(v) for k, v in settings.runtime.choices.items() if not k.startswith("hydra")}
     group = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
     try:
+        if "sweeps" in choices and not group:
+            raise UserError(f"+sweeps={choices['sweeps']} is a sweep", "qexp -m")
         config = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
         check_keys(config)
         from qexp.run import run  # torch: a second that a mistake in the keys need not wait for
@@ -128,7 +130,7 @@ def main() -> None:
     except (*HYDRA_MISTAKES, UserError) as error:
         _end(error)
     except ValueError as error:
-        if NO_NAME not in str(error):
+        if not any(known in str(error) for known in (NO_NAME, "Only one of --run")):
             raise
         _end(error)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ Order: fast before slow, so that a broken clone fails in the first minute.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before anything of Hugging Face or W&B is imported: no test may depend on an account or on a network.
 os.environ.update(
@@ -23,6 +24,15 @@ from hypothesis import settings
 # Same examples on every machine, no deadline: a shared runner is slow for reasons that are not ours.
 settings.register_profile("qexp", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("qexp")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random three-block Llama with its tokenizer, as save_pretrained leaves it."""
+    from tiny_runs import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
 
 SECONDS = {"fast": 120, "slow": 1200, "gpu": 600, "bench": 1200}
 

@@ -58,11 +58,13 @@ def quantize_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> Fi
     transform_block(plan, block, source, kwargs)
     report = BlockReport(index=block, seconds=0.0)
     known = observe(view, block, groups, source, kwargs) if source and plan.method.inputs == "float" else {}
+    in_turn = bool(source) and plan.method.inputs == "quantized"
     for group in groups:
-        if source and plan.method.inputs == "quantized":
+        if in_turn:
             known = observe(view, block, [group], source, kwargs)
         report.layers += solve_group(plan, group, known.get(group.site))
-        view.finish(group)
+        if in_turn:
+            view.finish(group)
     report.seconds = time.perf_counter() - began
     return pack_block(view, block, report)
 

@@ -25,10 +25,13 @@ def check_method(method: Method, calibrated: bool) -> None:
         )
     if method.tuner:
         raise UserError(f"method.tuner has {', '.join(method.tuner)}", "no tuner in this version", "method/tuner=[]")
-    needs = {name for name, member in _statistical(method) if "activations" in member}
-    if needs and not calibrated:
+    members: list[Any] = [method.grid, method.solver, *method.transform.values()]
+    needing = [type(member).__name__ for member in members if "activations" in member.needs]
+    if needing and not calibrated:
         raise UserError(
-            f"calibration=none with {', '.join(sorted(needs))}, which read activations", "data", "calibration=generated"
+            f"calibration=none, but {' and '.join(needing)} of {method.name} read activations",
+            "calibration data",
+            "calibration=generated",
         )
 
 
@@ -48,8 +51,3 @@ def check_model(view: ModelView, method: Method) -> None:
             "kv bits 16",
             "bits.kv=16",
         )
-
-
-def _statistical(method: Method) -> list[tuple[str, frozenset[str]]]:
-    members: dict[str, Any] = {"grid": method.grid, "solver": method.solver, **method.transform}
-    return [(name, member.needs) for name, member in members.items()]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,9 @@ from qexp.core.errors import UserError
 from qexp.core.maps import map_from_state
 from qexp.core.words import BlockReport, LayerReport, Quantized
 from qexp.kernels.pack import pack_codes, unpack_codes
-from qexp.models.view import ModelView
+
+if TYPE_CHECKING:
+    from qexp.models.view import ModelView  # transformers: seconds that a mistake in the config need not wait for
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def pack_block(view: ModelView, block: int, report: BlockReport) -> Finished:
                 "columns": linear.codes.shape[1],
                 "params": sorted(linear.params),
             }
-            tensors[f"codes.{layer.name}"] = pack_codes(linear.codes, linear.grid.bits)
-            tensors |= {f"params.{layer.name}.{k}": v.contiguous() for k, v in linear.params.items()}
+            tensors[f"codes.{layer.name}"] = pack_codes(linear.codes.cpu(), linear.grid.bits)
+            tensors |= {f"params.{layer.name}.{k}": v.cpu().contiguous() for k, v in linear.params.items()}
     weights = {f"{view.prefix}.{block}.{n}": p for n, p in view.blocks[block].named_parameters()}
     plain = {n: p for n, p in weights.items() if n.removesuffix(".weight") not in quantized}
     tensors |= {f"plain.{name}": p.detach().cpu().clone() for name, p in plain.items()}
@@ -97,7 +99,7 @@ def pack_block(view: ModelView, block: int, report: BlockReport) -> Finished:
 
 def _map_facts(tensors: dict[str, Tensor], key: str, step: Any) -> dict[str, Any]:
     kind, parts, numbers = step.state()
-    tensors |= {f"{key}.{name}": value.contiguous() for name, value in parts.items()}
+    tensors |= {f"{key}.{name}": value.cpu().contiguous() for name, value in parts.items()}
     return {"kind": kind, "tensors": sorted(parts), "numbers": numbers}
 
 
@@ -117,8 +119,10 @@ def install(view: ModelView, block: int, finished: Finished, grids: dict[str, An
         ]
     for name, about in facts["quantized"].items():
         linear, grid = view.linear(name), grids[name]
-        codes = unpack_codes(tensors[f"codes.{name}"], grid.bits, about["columns"])
-        linear.install(grid, Quantized(codes, {k: tensors[f"params.{name}.{k}"] for k in about["params"]}))
+        device = linear.weight.device
+        codes = unpack_codes(tensors[f"codes.{name}"], grid.bits, about["columns"]).to(device)
+        params = {k: tensors[f"params.{name}.{k}"].to(device) for k in about["params"]}
+        linear.install(grid, Quantized(codes, params))
 
 
 def _set(view: ModelView, name: str, value: Tensor) -> None:

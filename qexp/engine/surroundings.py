@@ -38,7 +38,7 @@ class SiteSurroundings:
     def weights(self) -> list[Tensor]:
         """Return the readers' weights as they would be without online maps, each [O, I] float32."""
         size = self._site.size
-        return [reader_weight(self._view.linear(n), _Identity(size), True).float().cpu() for n in self._site.readers]
+        return [reader_weight(self._view.linear(n), _Identity(size), True).float() for n in self._site.readers]
 
     @property
     def gain(self) -> Tensor | None:

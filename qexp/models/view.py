@@ -92,6 +92,15 @@ class ModelView:
         """Return the groups of layers that share an input, in forward order."""
         return self._groups[block]
 
+    def finish(self, group: Group) -> None:
+        """Let the layers of a solved group (with those of o, the whole attention) answer from memory from now on."""
+        block, kind = group.site.split(".", 1)
+        names = [layer.name for layer in group.layers]
+        if self.family is not None and kind == "attn_out":
+            names = [self.path(int(block), self.family.attention)]
+        for name in names:
+            self.replays.finish(name)
+
     def _find_groups(self, block: int) -> list[Group]:
         shapes = {n: m for n, m in self.blocks[block].named_modules() if isinstance(m, nn.Linear)}
         if self.family is None:

@@ -74,7 +74,9 @@ def against(rows: Sequence[Row], baseline: str) -> None:
         known = nearest(baseline, {row.method for row in rows if not row.failed})
         raise UserError(f"--baseline {baseline} is not among the completed runs", known)
     for row in rows:
-        same = [other for other in candidates if other.model == row.model and (other.is_float or other.bits == row.bits)]
+        same = [
+            other for other in candidates if other.model == row.model and (other.is_float or other.bits == row.bits)
+        ]
         if len(same) > 1 and row is not same[0]:
             log.warning("%d rows of %s %s; %s is held against the first", len(same), baseline, row.bits, row.label)
         if same and not row.failed:

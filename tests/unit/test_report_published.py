@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import report_records as examples
 
+from qexp import compose
 from qexp.report import published
 
 
@@ -104,3 +105,23 @@ def test_every_row_names_a_known_method_and_its_source() -> None:
     for row in table["rows"]:
         assert row["method"] in table["methods"], row
         assert len(row["bits"]) == 4 and row["source"] and row["value"] > 1, row
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method=gptq", "bits=w4a16"], 5.83),
+        (["method=rtn", "bits=w4a16"], 6.11),
+        (["method=awq", "bits=w4a16g128"], 5.6),
+        (["method=quarot", "bits=w4a4kv4"], 6.1),
+        (["method=quarot", "method/solver=rtn", "bits=w4a4kv4"], 8.37),
+        (["method=smoothquant", "bits=w8a8kv8"], 5.515),
+        (["method=fp16"], 5.47),
+    ],
+)
+def test_the_recipes_as_shipped_find_their_numbers(overrides: list[str], expected: float) -> None:
+    with compose.hydra():
+        made = compose.composed([*overrides, "model=llama2_7b", "eval.perplexity=[wikitext2]"])
+        stressed = compose.composed([*overrides, "model=llama2_7b", "model.outliers={kind: rotate}", "eval=full"])
+    assert expected in values(made)
+    assert values(stressed) == []

@@ -160,3 +160,26 @@ def test_the_summary_survives_runs_without_windows() -> None:
         del run["window_losses"]
     (line,) = compare.summary(rows.make(runs))
     assert line.endswith("No paired interval.")
+
+
+def test_the_float_model_at_other_bits_is_one_row() -> None:
+    runs = [examples.record("fp16", "w16", 0.0), examples.record("fp16", "w16", 0.0)]
+    runs[1]["config"]["bits"] = {"name": "w4a4", "weight": 4, "act": 4, "kv": 16, "group": -1}
+    runs[1]["config"]["method"]["grid"]["bits"] = 4
+    runs.append(examples.record("rtn", "w4a16", 0.01))
+    made = rows.make(runs)
+    assert [(row.method, row.bits, len(row.runs)) for row in made] == [("fp16", "w16a16", 2), ("rtn", "w4a16", 1)]
+    compare.against(made, "fp16")
+    assert made[1].metrics["versus/generated"] == pytest.approx(made[1].metrics["gap/generated"])
+
+
+def test_a_stress_tested_model_is_another_model() -> None:
+    runs = [examples.record("rtn", "w4a16", 0.01) for _ in range(3)]
+    runs[1]["config"]["model"]["outliers"] = {"kind": "rotate", "channels": 0, "scale": 1.0}
+    runs[2]["config"]["model"]["outliers"] = {"kind": "scale", "channels": 4, "scale": 30.0}
+    assert [row.model for row in rows.make(runs)] == ["embedded", "embedded +rotate", "embedded +scale 4 x 30"]
+
+
+def test_stages_of_the_float_row_hide_and_show_nothing() -> None:
+    made = rows.make([examples.record("fp16", "w16", 0.0), examples.record("rtn", "w4a16", 0.01)])
+    assert [row.stages for row in made] == [{}, {}]

@@ -15,7 +15,7 @@ import pytest
 import report_records as examples
 from matplotlib.figure import Figure
 
-from qexp.report import cli, columns, compare, html, plots, record, rows, surfaces, table
+from qexp.report import cli, columns, compare, html, pareto, plots, record, rows, surfaces, table
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +209,28 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--baseline" in done.stdout
+
+
+def test_activations_are_drawn_once_per_composition_of_transforms() -> None:
+    runs = [examples.with_activations(examples.record(m, "w4a16", 0.01)) for m in ("rtn", "gptq", "quarot")]
+    runs.append(examples.with_activations(examples.record("quarot", "w4a4kv4", 0.05)))
+    drawn = [row.label for row, _ in surfaces.distinct(rows.make(runs))]
+    assert drawn == ["quarot w4a16"], "rtn and gptq leave activations as they are, and bits do not matter"
+    assert [row.method for row, _ in surfaces.distinct(rows.make(runs[:2]))] == ["gptq"]
+
+
+def test_each_activation_setting_has_a_frontier_of_its_own() -> None:
+    lines = rows.make([examples.record("rtn", "w4a16", 0.01), examples.record("rtn", "w4a4kv4", 0.3)])
+    (ax, *_) = pareto.draw(lines).axes
+    assert len([line for line in ax.lines if line.get_linestyle() != "None"]) == 2
+    low, high = ax.get_xlim()
+    assert high - low >= 0.5
+
+
+def test_a_narrow_terminal_drops_what_the_method_implies_and_keeps_what_was_swapped() -> None:
+    swapped = examples.record("gptq", "w4a16", 0.02)
+    swapped["config"]["method"]["solver"] = {"_target_": "qexp.stages.solver.rtn.Rtn"}
+    runs = [examples.record("gptq", "w4a16", 0.01), swapped, examples.record("quarot", "w4a16", 0.01)]
+    spare = {column.key: column.spare for column in columns.find(rows.make(runs))}
+    assert spare["stage/solver"] == 0
+    assert spare["stage/transform"] > max(spare[key] for key in ("gap/generated", "cost/quantize_seconds"))

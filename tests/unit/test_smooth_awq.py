@@ -10,7 +10,7 @@ import torch
 from stage_members import member
 from torch import Tensor
 from toy_models import distance, logits, tokens, view_of
-from toy_recipes import recipe, transform, transform_named
+from toy_recipes import recipe, stream_into, transform, transform_named
 
 from qexp.core.errors import UserError
 from qexp.core.maps import Diagonal, LinearMap
@@ -176,7 +176,7 @@ def test_awq_leaves_even_channels_nearly_alone():
 
 
 def test_awq_is_neutral_to_the_size_of_the_factors():
-    """A power of two times s changes no quantized value, so dividing by sqrt(max s min s) only keeps 16 bits in range."""
+    """A power of two times s changes no quantized value: dividing by sqrt(max s min s) only keeps 16 bits in range."""
     one = layer({7: 50.0})
     s = one.stats.mean_abs_I.sqrt()
     assert len({one.damage(Diagonal(2.0**k / s)) for k in (-3, 0, 4)}) == 1
@@ -214,8 +214,6 @@ def test_awq_skips_values_under_grouped_queries():
 
 def test_micro_batches_choose_the_same_factors():
     """The same sequences at once or one by one."""
-    from toy_recipes import stream_into
-
     whole, split = view_of("llama"), view_of("llama")
     for view in (whole, split):
         stream, kwargs = stream_into(view, 0, tokens())
@@ -225,16 +223,19 @@ def test_micro_batches_choose_the_same_factors():
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
-def test_factors_alone_reproduce_the_model():
-    """Only norms, v and up carry the factors of their site: everything is the float model times vectors."""
+def test_one_vector_per_site_is_all_that_changes():
     plain = view_of("llama_tied")
     view = transform(copy.deepcopy(plain), recipe("awq", w=3), tokens())
-    for block in range(2):
-        ours, before = view.blocks[block], plain.blocks[block]
-        s = before.input_layernorm.weight / ours.input_layernorm.weight
-        torch.testing.assert_close(ours.self_attn.q_proj.weight, before.self_attn.q_proj.weight * s)
-        torch.testing.assert_close(ours.mlp.gate_proj.weight.norm(dim=1).sign(), torch.ones(40).double())
-        t = (before.mlp.up_proj.weight / ours.mlp.up_proj.weight)[:, 0] / (
-            before.mlp.gate_proj.weight / ours.mlp.gate_proj.weight
-        )[0, 0]
-        torch.testing.assert_close(ours.mlp.down_proj.weight, before.mlp.down_proj.weight * t)
+    for was, now in zip(plain.blocks, view.blocks, strict=True):
+        q, gate = was.input_layernorm.weight / now.input_layernorm.weight, was.post_attention_layernorm.weight
+        gate = gate / now.post_attention_layernorm.weight
+        for role in ("q_proj", "k_proj"):
+            ours, before = now.self_attn.get_submodule(role).weight, was.self_attn.get_submodule(role).weight
+            torch.testing.assert_close(ours, before * q)
+        torch.testing.assert_close(now.mlp.gate_proj.weight, was.mlp.gate_proj.weight * gate)
+        o = (was.self_attn.v_proj.weight * q / now.self_attn.v_proj.weight)[:, 0]
+        down = (was.mlp.up_proj.weight * gate / now.mlp.up_proj.weight)[:, 0]
+        torch.testing.assert_close(now.self_attn.v_proj.weight * o[:, None], was.self_attn.v_proj.weight * q)
+        torch.testing.assert_close(now.self_attn.o_proj.weight, was.self_attn.o_proj.weight * o)
+        torch.testing.assert_close(now.mlp.up_proj.weight * down[:, None], was.mlp.up_proj.weight * gate)
+        torch.testing.assert_close(now.mlp.down_proj.weight, was.mlp.down_proj.weight * down)

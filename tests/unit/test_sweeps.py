@@ -46,7 +46,7 @@ def jobs(name: str) -> list[list[str]]:
 
 
 def test_the_saved_sweeps_are_those_we_know() -> None:
-    assert NAMES == sorted(JOBS)
+    assert sorted(JOBS) == NAMES
     assert qexp_compose.options("sweeps") == NAMES
     assert qexp_compose.groups("sweeps") == ["sweeps/stress"]
 
@@ -99,3 +99,20 @@ def test_the_command_runs_a_sweep_by_name_and_tells_which_jobs_failed(tmp_path: 
     assert "job 8 of 8" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "a log file was left behind"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["+sweeps=demo"], "qexp: +sweeps=demo is a sweep; need qexp -m"),
+        (["-m", "+sweeps=demoo"], "qexp: sweeps=demoo is unknown; did you mean demo?"),
+        (["-m", "+sweeps=demo", "--cfg", "job"], "qexp: Only one of --run, --multirun, --cfg"),
+    ],
+)
+def test_a_sweep_asked_for_wrongly_is_one_line(command: list[str], told: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qexp", *command], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
