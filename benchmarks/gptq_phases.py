@@ -31,7 +31,7 @@ PHASES = {
     "statistics: sums": ["qexp.engine.capture:_Sums.__call__"],
     "solve: report and install": ["qexp.engine.blocks:solve_group"],
     "solve: factor H": ["qexp.stages.solver.gptq:unit_factor"],
-    "solve: column sweep": ["qexp.stages.solver.gptq:_Sweep.round", "qexp.stages.solver.gptq:_Sweep.round_fitting"],
+    "solve: column sweep": ["qexp.stages.solver.gptq:Gptq.solve"],
     "solve: fit grids": ["qexp.stages.grid.integer:Integer.fit"],
     "store": ["qexp.engine.blocks:pack_block", "qexp.engine.store:save_file", "qexp.engine.blocks:install"],
     "activation surfaces": ["qexp.engine.diagnostics:Surfaces._look"],

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         metrics = measured["metrics"]
         dataset = next(iter(config["eval"]["perplexity"]))
         cpu = sum(seconds for phase, seconds in meter.cpu.items() if phase not in OUTSIDE)
-        peer = peer_result(python, setup, config, Path(name))
+        peer = peer_result(python, setup, Path(name))
     rows = [
         row("float", None, metrics[f"fp/perplexity/{dataset}"], metrics[f"fp/perplexity/{dataset}"]),
         row("llmcompressor", peer, peer[f"perplexity/{dataset}"], metrics[f"fp/perplexity/{dataset}"]),
@@ -80,7 +80,7 @@ def row(name: str, cost: dict[str, Any] | None, perplexity: float, baseline: flo
     return [name, *seconds, f"{perplexity:.3f}", f"{math.log(perplexity / baseline):.4f}"]
 
 
-def peer_result(python: str, setup: Setup, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def peer_result(python: str, setup: Setup, folder: Path) -> dict[str, Any]:
     """Quantize with the peer in its own process, put its dequantized weights into our model and measure that."""
     work = begin(setup)
     model, tokenizer = setup.model.load(work.device, work.cache)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from typing import Any, cast
 
 from hydra import compose, initialize_config_module
@@ -16,7 +17,7 @@ from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
 from qexp import sources
-from qexp.schema import QexpConfig
+from qexp.schema import LISTS, QexpConfig
 
 CONFIGS = "qexp.conf"
 
@@ -41,6 +42,15 @@ def composed(overrides: Sequence[str]) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(compose("config", list(overrides)), resolve=True))
 
 
+def alone(group: str, name: str) -> Any:
+    """Return the config of a recipe (``group`` is method), or of a member (method/<kind>) at the default bits."""
+    kind = group.removeprefix("method").strip("/")
+    method = composed([f"{group}=[{name}]" if kind in LISTS else f"{group}={name}"])["method"]
+    if not kind:
+        return method
+    return next(iter(method[kind].values())) if kind in LISTS else method[kind]
+
+
 def options(group: str) -> list[str]:
     """Return the choices of a group, e.g. of method/solver, those of other packages included; sorted."""
     found = GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
@@ -51,3 +61,13 @@ def groups(parent: str = "") -> list[str]:
     """Return the groups below ``parent``, by full name: method gives method/act, method/grid, ..."""
     found = GlobalHydra.instance().config_loader().get_group_options(parent, ObjectType.GROUP)
     return sorted({f"{parent}/{name}".strip("/") for name in found} - {"hydra"})
+
+
+def text_of(group: str, name: str) -> str:
+    """Return the YAML file of a choice as it was written, comments and all."""
+    for entry in GlobalHydra.instance().config_loader().get_search_path().get_path():
+        scheme, _, package = (entry.path or "").partition("://")
+        file = files(package).joinpath(f"{group}/{name}.yaml") if scheme == "pkg" else None
+        if file is not None and file.is_file():
+            return file.read_text(encoding="utf-8")
+    raise FileNotFoundError(f"{group}/{name}.yaml on Hydra's search path")

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from qexp.core.stages import Method
 from qexp.data.calibration import Calibration
 from qexp.engine.context import Run, WarningCollector, cache_folder
 from qexp.engine.fingerprint import claim, digest
+from qexp.engine.streams import MICRO_TOKENS
 from qexp.eval.evaluation import Evaluation
 from qexp.models.load import ModelSource
 from qexp.report import plots, published
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # of the engine: raised when its numbers change
 PACKAGES = ("qexp", "torch", "transformers", "datasets", "lm-eval", "safetensors", "wandb", "hydra-core")
-UNTOUCHED = ("tracking", "output_dir", "resume")  # config keys that do not change the answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ def begin(setup: Setup) -> Run:
         "engine": VERSION,
         "model": model,
         "method": _plain(setup.method) | {"versions": setup.method.versions()},
+        "micro_tokens": MICRO_TOKENS,
         "bits": dict(setup.bits),
         "calibration": setup.calibration.identity(),
         "eval": setup.eval.identity(),
@@ -99,6 +100,7 @@ def is_finished(work: Run) -> bool:
 def recording(work: Run, config: Mapping[str, Any]) -> Iterator[None]:
     """Collect warnings; on any failure but a user's mistake leave a record that says ``failed``."""
     collector = WarningCollector(work.warnings)
+    _forget_peak_memory()
     logging.getLogger("qexp").addHandler(collector)
     try:
         yield
@@ -113,26 +115,22 @@ def recording(work: Run, config: Mapping[str, Any]) -> Iterator[None]:
         logging.getLogger("qexp").removeHandler(collector)
 
 
-def finish(
-    work: Run,
-    config: Mapping[str, Any],
-    setup: Setup,
-    measured: dict[str, Any],
-    choices: Mapping[str, str],
-    group: str | None,
-) -> None:
-    """Write the record, then show it to the tracker."""
-    record = cast("records.Record", record_of(work, config, measured))
-    records.write(work.folder, record)
+def publish(work: Run, setup: Setup, choices: Mapping[str, str], sweep: str | None) -> None:
+    """Show the record on disk to the tracker; whatever happens here, the record stays."""
     stored = records.read(work.folder / records.FILE_NAME)
-    where = setup.tracking.publish(stored, choices, group, Path(setup.output_dir), lambda: plots.figures([stored]))
+    where = setup.tracking.publish(stored, choices, sweep, Path(setup.output_dir), lambda: plots.figures([stored]))
     if where:
         log.info("W&B run: %s", where if "://" in where else f"{where} (offline; `wandb sync` uploads it)")
 
 
+def write(work: Run, config: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+    """Write the record of a run that completed."""
+    records.write(work.folder, cast("records.Record", record_of(work, config, measured)))
+
+
 def record_of(work: Run, config: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record (schema of design.md section 3) of a run."""
-    cost = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **measured.get("cost", {})}
+    cost = {"peak_rss_bytes": _peak_memory(), **measured.get("cost", {})}
     if work.device == "cuda":
         import torch
 
@@ -187,11 +185,9 @@ def _device(wanted: str) -> str:
 def _plain(member: Any) -> Any:
     """Return a member (or mapping of members) as plain data with class names, for the fingerprint."""
     if is_dataclass(member) and not isinstance(member, type):
-        return {"class": type(member).__qualname__} | {
-            k: _plain(getattr(member, k)) for k in member.__dataclass_fields__
-        }
+        return {"class": type(member).__qualname__} | {f.name: _plain(getattr(member, f.name)) for f in fields(member)}
     if isinstance(member, Mapping):
-        return {key: _plain(value) for key, value in member.items()}
+        return [[key, _plain(value)] for key, value in member.items()]  # a list: the order of transforms matters
     return list(member) if isinstance(member, tuple | list) else member
 
 
@@ -200,6 +196,20 @@ def _remove_if_empty(folder: Path) -> None:
     blocks = folder / "blocks"
     if not (blocks.exists() and any(blocks.iterdir())) and not (folder / records.FILE_NAME).exists():
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget_peak_memory() -> None:
+    """Start counting peak memory anew, so that a job of a sweep does not report its predecessors'."""
+    with contextlib.suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int:
+    """Return the peak resident bytes since :func:`_forget_peak_memory`, or of the process where there is no /proc."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _processor() -> str:

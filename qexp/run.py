@@ -11,13 +11,15 @@ from typing import Any
 from qexp.core.build import build
 from qexp.engine.checks import check_method, check_model
 from qexp.engine.context import Run
-from qexp.launch import Setup, begin, finish, is_finished, recording
+from qexp.launch import Setup, begin, is_finished, publish, recording, write
 
 log = logging.getLogger(__name__)
 
 
-def run(config: dict[str, Any], choices: Mapping[str, str], group: str | None) -> Path:
+def run(config: dict[str, Any], choices: Mapping[str, str], sweep: str | None) -> Path:
     """Carry out the run of ``config`` (or find it finished) and return the folder of its record.
+
+    ``choices`` are the options chosen per config group and ``sweep`` the name of the sweep, both for the tracker.
 
     Raises: UserError for a mistake in the configuration or its inputs, before anything heavy where it can be known.
     """
@@ -28,9 +30,9 @@ def run(config: dict[str, Any], choices: Mapping[str, str], group: str | None) -
     if is_finished(work):
         log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
         return work.folder
-    log.info("%s -> %s", work.name, work.folder)
     with recording(work, config):
-        finish(work, config, setup, measure(setup, work), choices, group)
+        write(work, config, measure(setup, work))
+    publish(work, setup, choices, sweep)
     return work.folder
 
 
@@ -47,6 +49,7 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     model, tokenizer = setup.model.load(work.device, work.cache)
     view = ModelView(model)
     check_model(view, setup.method)
+    log.info("%s -> %s", work.name, work.folder)
     tokens = setup.calibration.load(model, tokenizer, work.cache, work.model_identity, work.progress)
     sets = setup.eval.sets(model, tokenizer, work.cache, work.model_identity, work.progress)
     text = short_sample(model, tokenizer, setup.seed) if setup.model.needs_text else None

@@ -16,6 +16,9 @@ BITS_PATTERN = re.compile(r"w(2|3|4|6|8)(?:a(4|6|8|16))?(?:kv(2|3|4|8|16))?(?:g(
 BITS_FORM = "w{2,3,4,6,8}[a{4,6,8,16}][kv{2,3,4,8,16}][g{32,64,128}]"
 COMMON_BITS = ("w2a16g64", "w3a16", "w3a16g128", "w4a16", "w4a16g128", "w4a4", "w4a4kv4", "w4a8", "w8a8", "w8a8kv8")
 
+KINDS = ("transform", "grid", "solver", "act", "kv", "tuner", "allocation")
+LISTS = ("transform", "tuner")  # kinds of which a recipe has any number, in order
+
 
 @dataclass
 class BitsConfig:

@@ -1,4 +1,4 @@
-"""Whole runs of the command on a model so small that a run takes seconds: in this process, or in one that can be killed."""
+"""Runs of the command on a model so small that one takes seconds: in this process, or in one that can be killed."""
 
 from __future__ import annotations
 

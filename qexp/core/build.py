@@ -59,6 +59,8 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
     try:
         return TypeAdapter(hint, config=MEMBERS).validate_python(value)
     except ValidationError as error:
+        if any(problem["type"] == "sequence_str" for problem in error.errors()):
+            raise UserError(f"{path}={value}", "a list", f"{path}=[{value}]") from error
         need = "; ".join(sorted({problem["msg"].removeprefix("Input should be ") for problem in error.errors()}))
         raise UserError(f"{path}={value!r}", need, f"{path}=<such a value>") from error
 

@@ -51,6 +51,7 @@ def _named(model: nn.Module, name: str) -> Any:
 
 def _prepare_residual(model: nn.Module, site: Site, change: Insert) -> None:
     """Make the norms between the residual stream and its readers commute with the map."""
+    assert change.kind in site.admits, f"{change.kind} at the residual stream, which only takes what it can absorb"
     for norm in site.norms:
         module = _named(model, norm.name)
         if change.kind == "center":
@@ -60,7 +61,7 @@ def _prepare_residual(model: nn.Module, site: Site, change: Insert) -> None:
             raise UserError(
                 f"a rotation of the residual stream in front of {norm.name}, which has a gain of its own",
                 "fold_norm before it",
-                "method.transform=[fold_norm,hadamard]",
+                "method/transform=[fold_norm,hadamard]",
             )
 
 

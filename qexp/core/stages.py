@@ -33,7 +33,7 @@ class Surroundings(Protocol):
 
     @property
     def weights(self) -> Sequence[Tensor]:
-        """Return the readers' weights, each [O, I] float32."""
+        """Return the readers' weights as they would be without online maps, each [O, I] float32."""
         ...
 
     @property
@@ -67,6 +67,11 @@ class Transform(Protocol):
     @property
     def scope(self) -> str:
         """Return "model" (before the blocks are walked, no statistics) or "block"."""
+        ...
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Return the names of transforms that must come before this one."""
         ...
 
     def sites(self, model: Sites) -> list[Site]:
@@ -216,5 +221,7 @@ class Method:
     def versions(self) -> dict[str, int]:
         """Return every member's version, for the fingerprint."""
         members: dict[str, Any] = {"grid": self.grid, "solver": self.solver, "act": self.act, "kv": self.kv}
-        members |= {"allocation": self.allocation} | dict(self.transform) | dict(self.tuner)
+        members |= {"allocation": self.allocation}
+        members |= {f"transform.{name}": member for name, member in self.transform.items()}
+        members |= {f"tuner.{name}": member for name, member in self.tuner.items()}
         return {name: member.version for name, member in members.items()}

@@ -79,10 +79,10 @@ class Writer:
 class Site:
     """An edge of the network between writers and readers, where an invertible map can be inserted.
 
-    ``kind`` is residual, attn_in, value, attn_out, mlp_in, mlp_mid, head_in or query_key; ``size`` its
-    width; ``head_size`` the width of one head where it has heads; ``admits`` the kinds of map that the
-    writers can absorb (the rest goes online at the readers). ``norms`` stand between a residual site and
-    its readers.
+    ``kind`` is residual, attn_in, value, attn_out, mlp_in, mlp_mid, head_in or query_key (whose ``size`` is
+    that of one head); ``size`` its width; ``head_size`` the width of one head where it has heads; ``admits`` the
+    kinds of map that the writers can absorb (the rest goes online at the readers). ``norms`` stand between a residual
+    site and its readers.
     """
 
     name: str

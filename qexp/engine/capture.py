@@ -51,14 +51,15 @@ class _Sums:
             raise StopForward
 
     def stats(self) -> Stats:
+        if not self.tokens:
+            raise UserError(f"calibration never reaches {self.group.layers[0].name}", "text that uses every layer")
         if not bool(torch.isfinite(self.absmax).all()):
             raise UserError(
                 f"calibration gives NaN or Inf at the input of {self.group.layers[0].name}",
                 "finite activations",
                 "another calibration, or model.dtype=float32",
             )
-        count = max(1, self.tokens)
-        return Stats(self.tokens, (self.H / count).float(), self.absmax, (self.total / count).float())
+        return Stats(self.tokens, (self.H / self.tokens).float(), self.absmax, (self.total / self.tokens).float())
 
 
 @torch.no_grad()

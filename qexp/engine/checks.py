@@ -21,8 +21,15 @@ def check_method(method: Method, calibrated: bool) -> None:
         raise UserError(
             f"transforms in the order {','.join(method.transform)}",
             "transforms of model scope first",
-            f"method.transform=[{','.join(order)}]",
+            f"method/transform=[{','.join(order)}]",
         )
+    seen: list[str] = []
+    for name, transform in method.transform.items():
+        for needed in transform.after:
+            if needed not in seen:
+                right = ",".join([needed, *(other for other in method.transform if other != needed)])
+                raise UserError(f"transform {name} without {needed} before it", needed, f"method/transform=[{right}]")
+        seen.append(name)
     if method.tuner:
         raise UserError(f"method.tuner has {', '.join(method.tuner)}", "no tuner in this version", "method/tuner=[]")
     members: list[Any] = [method.grid, method.solver, *method.transform.values()]

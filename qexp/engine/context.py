@@ -36,7 +36,7 @@ class Run:
     @property
     def store(self) -> Store:
         """Return the store of finished blocks."""
-        return Store(self.folder / "blocks")
+        return Store(self.folder / "blocks", self.warnings)
 
 
 class WarningCollector(logging.Handler):

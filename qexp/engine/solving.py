@@ -49,7 +49,7 @@ def solve_group(plan: Plan, group: Group, stats: Stats | None) -> list[LayerRepo
     layers = [layer for layer in group.layers if layer.name in plan.grids]
     for grid, members in groupby(layers, key=lambda layer: plan.grids[layer.name]):
         part = list(members)
-        for stack in [part] if grid.group else [[layer] for layer in part]:
+        for stack in [part] if grid.group != 0 else [[layer] for layer in part]:
             reports += _solve_stack(plan, stack, grid, stats)
     return reports
 

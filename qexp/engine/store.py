@@ -45,16 +45,20 @@ class Finished:
 class Store:
     """The blocks/ folder of a run."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, warnings: list[str]) -> None:
+        self.folder, self.warnings = folder, warnings
         folder.mkdir(parents=True, exist_ok=True)
 
     def once(self, key: str, make: Callable[[], Finished]) -> Finished:
         """Return the stored block ``key``, or make, store and return it."""
         path = self.folder / f"{key}.safetensors"
         if path.exists():
-            return self._read(path)
+            finished = self._read(path)
+            self.warnings += finished.facts["warnings"]
+            return finished
+        before = len(self.warnings)
         finished = make()
+        finished.facts["warnings"] = self.warnings[before:]  # a resumed run must not lose them
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file(finished.tensors, part, metadata={"facts": json.dumps(finished.facts)})
         part.replace(path)

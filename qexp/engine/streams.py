@@ -7,20 +7,22 @@ broadcast over the batch because all sequences have the same length and no paddi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qexp.models.view import ModelView
+if TYPE_CHECKING:
+    from qexp.models.view import ModelView  # transformers: seconds that a mistake in the config need not wait for
 
 Stream = list[Tensor]
 Kwargs = dict[str, Any]
 MICRO_TOKENS = 4096  # tokens per micro-batch: enough to fill a matrix product, little enough for a block's activations
 
 
-class StopForward(Exception):  # noqa: N818: a signal, not an error
+class StopForward(Exception):
     """Raised by a hook that has seen what it came for; the rest of the forward is not needed."""
 
 
@@ -33,26 +35,26 @@ def embed(view: ModelView, tokens: Tensor) -> tuple[Stream, list[Kwargs]]:
         return stream, kwargs
 
     def record(index: int) -> Any:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], given: Kwargs) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
+            assert len(args) <= 1, "a model that passes more than the hidden states by position"
             kwargs[index] = {k: v for k, v in given.items() if k != "hidden_states"}
 
         return hook
 
     def take(_module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
-        stream.append(args[0] if args else given["hidden_states"])
+        stream.append((args[0] if args else given["hidden_states"]).cpu())
         raise StopForward
 
     handles = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(view.blocks)]
-    view.model(tokens[:1].to(view.model.device), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    handle = view.blocks[0].register_forward_pre_hook(take, with_kwargs=True)
-    for batch in tokens.split(max(1, MICRO_TOKENS // tokens.shape[1])):
-        try:
-            view.model(batch.to(view.model.device), use_cache=False)
-        except StopForward:
-            stream[-1] = stream[-1].cpu()
-    handle.remove()
+    try:
+        view.model(tokens[:1].to(view.model.device), use_cache=False)
+        handles.append(view.blocks[0].register_forward_pre_hook(take, with_kwargs=True))
+        for batch in tokens.split(max(1, MICRO_TOKENS // tokens.shape[1])):
+            with contextlib.suppress(StopForward):
+                view.model(batch.to(view.model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
     return stream, kwargs
 
 

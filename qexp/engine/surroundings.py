@@ -104,9 +104,11 @@ def calls(view: ModelView, group: Group, stream: Stream, kwargs: Kwargs) -> list
         if count < SEARCH_SEQUENCES:
             head.append(x[: SEARCH_SEQUENCES - count])
             count += len(x)
-    for _ in answers(view, group.layers[0].block, head, kwargs):
-        pass
-    handle.remove()
+    try:
+        for _ in answers(view, group.layers[0].block, head, kwargs):
+            pass
+    finally:
+        handle.remove()
     return [(args, given, _tensor(module(*args, **given))) for args, given in seen]
 
 

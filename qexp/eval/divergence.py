@@ -60,7 +60,9 @@ def score_windows(source: Reader, windows_WS: Tensor, teacher: Teacher | None, l
     scores = Scores([], [], [])
     other = _shared(teacher.reader, source.head) if teacher else None
     answers = teacher.hidden() if teacher else itertools.repeat(None, len(windows_WS))
-    for (ids, hidden), answer in zip(hidden_states(source, windows_WS, loop, f"evaluate {label}, batches"), answers, strict=True):
+    for (ids, hidden), answer in zip(
+        hidden_states(source, windows_WS, loop, f"evaluate {label}, batches"), answers, strict=True
+    ):
         loss, kl, top1 = score_window(source, hidden, ids, other, answer)
         scores.losses.append(loss)
         if teacher:

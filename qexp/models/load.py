@@ -121,7 +121,7 @@ class ModelSource:
 
 def _silence_local_reading() -> None:
     """Switch transformers' bar for reading weights off; downloads keep theirs."""
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -55,7 +55,7 @@ class ModelView:
             raise UserError(
                 f"a transform on {self.config.model_type}, whose sites are not described",
                 "one of llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, opt, or a method without transforms",
-                "method.transform=[]",
+                "method/transform=[]",
             )
         return self.family
 

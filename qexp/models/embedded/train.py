@@ -3,8 +3,8 @@
     python -m qexp.models.embedded.train --text FILE [--output FOLDER] [--steps N]
 
 The recipe of the weights in this folder: byte-level BPE of 4096 tokens, 4096 tokens a step (16 x 256, in the last
-fifth 8 x 512: attention is 40 % of the time at 512), AdamW, cosine schedule, bfloat16 autocast. Whole books are held out for the perplexity in
-the model card. A killed training continues at its last checkpoint, with the same batches.
+fifth 8 x 512: attention is 40 % of the time at 512), AdamW, cosine schedule, bfloat16 autocast. Whole books are held
+out for the perplexity in the model card. A killed training continues at its last checkpoint, with the same batches.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 With H + damping = R Rᵀ, R upper triangular, and M = R diag(R)⁻¹ (unit upper), column k is rounded at its target
     t_k = w_k + sum over j < k of (w_j - q_j) M_jk,    q_k = nearest grid point of t_k,
-which is the paper's update without the inverse of H: one Cholesky of the flipped matrix. A grid of D columns per
-code takes D x D blocks of R for its entries. Targets are updated by halves, a matrix product at a time.
+which is the paper's update without the inverse of H: one Cholesky, of H with rows and columns reversed. A grid of D
+columns per code takes D x D blocks of R for its entries. Targets are updated by halves, a matrix product at a time.
 
 Source: arXiv:2210.17323 Alg. 1; vector grids as block LDLQ, arXiv:2402.04396; methods/gptq.md section 3.
 Differs: halves instead of lazy blocks; dead columns neither enter the mean that scales the damping nor come first
@@ -59,7 +59,7 @@ class Gptq:
         """
         assert stats is not None, "GPTQ needs statistics"
         dead = stats.H_II.diagonal() == 0
-        W_OI = W_OI.masked_fill(dead, 0)  # never seen by the layer's output, so it should not widen a range either
+        W_OI = W_OI.masked_fill(dead, 0)  # no effect on calibration data, so it should not widen a range
         order = column_order(stats.H_II, grid.dim) if self.act_order else torch.arange(len(dead), device=dead.device)
         M_II = unit_factor(stats.H_II[order[:, None], order], self.damp_fraction, grid.dim)
         if M_II is None:
@@ -68,7 +68,7 @@ class Gptq:
             return Quantized(grid.encode(W_OI, params), params)
         sweep = _Sweep.start(W_OI[:, order], M_II.to(W_OI.dtype), grid)
         if grid.group > 0 and not self.static_groups:
-            params = sweep.round_fitting(stats.H_II)
+            params = sweep.round_fitting(stats.H_II)  # columns are in their own order: __post_init__
         else:
             params = grid.fit(W_OI, stats.H_II)
             sweep.params = by_column(params, order, grid)

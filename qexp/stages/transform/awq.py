@@ -33,6 +33,7 @@ class Awq:
 
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
+    after: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "block"
 
     def sites(self, model: Sites) -> list[Site]:

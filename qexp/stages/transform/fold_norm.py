@@ -24,6 +24,7 @@ class FoldNorm:
 
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "model"
 
     def sites(self, model: Sites) -> list[Site]:

@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HadamardRotation:
-    """``residual`` is R1, ``heads`` and ``across_heads`` the value path, ``keys`` R3, ``down`` R4."""
+    """Which rotations are on.
+
+    ``residual`` is R1 (with random signs if ``randomized``), ``heads`` and ``across_heads`` the value path, ``keys``
+    R3, ``down`` R4.
+    """
 
     residual: bool
     randomized: bool
@@ -38,6 +42,11 @@ class HadamardRotation:
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
     scope: ClassVar[str] = "model"
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Return fold_norm where the residual stream is rotated: gains do not commute with rotations."""
+        return ("fold_norm",) if self.residual else ()
 
     def sites(self, model: Sites) -> list[Site]:
         """Return the sites of the parts that are switched on."""

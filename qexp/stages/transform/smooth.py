@@ -33,6 +33,7 @@ class Smooth:
 
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
+    after: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "block"
 
     def __post_init__(self) -> None:
