@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         raise UserError(
-            f"qexp-bench {arguments.what}: compiled kernels are not built yet",
+            f"{arguments.what}: the compiled kernels are not built yet",
             "the kernels of csrc/, which this version does not have",
         )
     except UserError as error:

@@ -30,11 +30,15 @@ def register() -> None:
 
 @contextmanager
 def hydra() -> Iterator[None]:
-    """Make Hydra ready for the functions below, without a run."""
+    """Make Hydra ready for the functions below, without a run; may be nested."""
     register()
+    outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    with initialize_config_module(CONFIGS, version_base="1.3"):
-        yield
+    try:
+        with initialize_config_module(CONFIGS, version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:

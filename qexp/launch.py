@@ -107,7 +107,7 @@ def recording(work: Run, config: Mapping[str, Any]) -> Iterator[None]:
     except UserError:
         _remove_if_empty(work.folder)
         raise
-    except BaseException as error:
+    except Exception as error:
         failed = record_of(work, config, {}) | {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         records.write(work.folder, cast("records.Record", failed))
         raise

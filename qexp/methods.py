@@ -11,18 +11,13 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from qexp import compose
 from qexp.core.errors import UserError, nearest
 from qexp.explain import HYDRA_MISTAKES, explain
 from qexp.schema import KINDS, LISTS
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
-ENDLESS = 10_000  # characters
 
 
 @dataclass(frozen=True)
@@ -159,6 +154,8 @@ def show(found: Sequence[Entry]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from qexp.report import table as terminal
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("group", "name", "needs", "what it is", "arXiv"):
         table.add_column(title, overflow="fold", no_wrap=title in ("group", "name"))
@@ -166,14 +163,7 @@ def show(found: Sequence[Entry]) -> None:
         ends = following is not None and following.group != one.group
         needs = "calibration" if "activations" in one.needs else ""
         table.add_row(one.group, one.name, needs, escape(one.idea), one.papers, end_section=ends)
-    _console().print(table)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=ENDLESS)  # a pipe or a file has no width to respect
+    terminal.console().print(table)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -45,7 +45,7 @@ def _locate(target: str, path: str) -> type:
 def _construct(cls: type, values: dict[str, Any], path: str) -> Any:
     known = {field.name for field in fields(cls)}
     for key in values.keys() - known:
-        raise UserError(f"{path}.{key} is no setting of {cls.__name__}", nearest(key, known))
+        raise UserError(f"{path}.{key} is no setting of {cls.__name__}; {nearest(key, known)}")
     if missing := known - values.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}", f"every setting of {cls.__name__}")
     hints = get_type_hints(cls)
@@ -53,9 +53,7 @@ def _construct(cls: type, values: dict[str, Any], path: str) -> Any:
 
 
 def _typed(value: Any, hint: Any, path: str) -> Any:
-    """Return ``value`` as ``hint`` (lax: "4" is an int); members that are already built pass as they are."""
-    if _holds_members(value):
-        return value
+    """Return ``value`` as ``hint`` (lax: "4" is an int); a member must have what its stage's Protocol names."""
     try:
         return TypeAdapter(hint, config=MEMBERS).validate_python(value)
     except ValidationError as error:
@@ -63,8 +61,3 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
             raise UserError(f"{path}={value}", "a list", f"{path}=[{value}]") from error
         need = "; ".join(sorted({problem["msg"].removeprefix("Input should be ") for problem in error.errors()}))
         raise UserError(f"{path}={value!r}", need, f"{path}=<such a value>") from error
-
-
-def _holds_members(value: Any) -> bool:
-    inner = list(value.values()) if isinstance(value, dict) else [value]
-    return any(is_dataclass(item) for item in inner)

@@ -8,10 +8,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qexp.report import columns
 from qexp.report.columns import Column
 from qexp.report.rows import Row, sets
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _ENDLESS = 10_000  # characters
 
@@ -19,14 +23,11 @@ _ENDLESS = 10_000  # characters
 def show(rows: Sequence[Row]) -> None:
     """Print the table to the terminal; what is equal in all rows or finds no room goes to the caption instead."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_ENDLESS)  # a pipe or a file has no width to respect
-    varying, caption = _fit([column for column in columns.find(rows) if not column.csv_only], rows, console.width)
+    screen = console()
+    varying, caption = _fit([column for column in columns.find(rows) if not column.csv_only], rows, screen.width)
     table = Table(box=box.SIMPLE_HEAD, caption=escape(caption), caption_justify="left", pad_edge=False)
     for column in varying:
         table.add_column(escape(column.title), justify="right" if column.kind == "number" else "left", overflow="fold")
@@ -34,7 +35,15 @@ def show(rows: Sequence[Row]) -> None:
         ends = following is not None and (following.model, following.bits) != (row.model, row.bits)
         cells = (escape(_terminal_text(column, row)) for column in varying)
         table.add_row(*cells, style="red" if row.failed else None, end_section=ends)
-    console.print(table)
+    screen.print(table)
+
+
+def console() -> Console:
+    """Return where tables are printed: the terminal, or a file or pipe, which has no width to respect."""
+    from rich.console import Console
+
+    here = Console()
+    return here if here.is_terminal else Console(width=_ENDLESS)
 
 
 def failures(rows: Sequence[Row]) -> list[str]:

@@ -104,6 +104,6 @@ def test_looking_for_sites_changes_nothing(name):
 def test_an_architecture_without_sites_is_refused(name):
     view = view_of("unknown")
     weights = copy.deepcopy(view.model.state_dict())
-    with pytest.raises(UserError, match=r"transform on gpt_neox.*set method\.transform=\[\]"):
+    with pytest.raises(UserError, match=r"transform on gpt_neox.*set method/transform=\[\]"):
         transform(view, recipe(*NEEDS_BEFORE.get(name, ()), name), tokens())
     assert all(torch.equal(value, weights[key]) for key, value in view.model.state_dict().items())

@@ -82,6 +82,24 @@ def test_every_block_is_quantized_where_asked(family):
     assert 0 < distance(logits(view.model), before) != errors[2]
 
 
+@pytest.mark.parametrize("which", ["keys", "values"])
+@every_family
+def test_what_attention_reads_is_what_the_quantizer_gives(family, which):
+    """Zeros for keys make attention an average over what is seen, zeros for values leave the biases of o."""
+    view = view_of(family)
+    before, given = logits(view.model), []
+
+    def zeros(k_BASE: Tensor, v_BASE: Tensor) -> tuple[Tensor, Tensor]:
+        given.append((k_BASE.shape, v_BASE.shape))
+        return (0 * k_BASE, v_BASE) if which == "keys" else (k_BASE, 0 * v_BASE)
+
+    for door in doors(view):
+        door.kv = zeros
+    assert distance(logits(view.model), before) > 1e-3
+    shape = torch.Size((4, view.kv_heads, 12, view.head_size))
+    assert given == [(shape, shape)] * 2, "once per block, before the heads are repeated"
+
+
 @pytest.mark.parametrize("family", CACHED)
 def test_cached_decoding_equals_the_full_forward_on_quantized_keys(family):
     view = quantize_keys(view_of(family))

@@ -53,7 +53,7 @@ def test_every_input_of_a_rotated_model_is_rotated(family):
 @rotatable
 def test_a_rotation_without_norm_folding_is_refused(family):
     with pytest.raises(
-        UserError, match=r"gain of its own; need fold_norm.*set method\.transform=\[fold_norm,hadamard\]"
+        UserError, match=r"gain of its own; need fold_norm.*set method/transform=\[fold_norm,hadamard\]"
     ):
         transform(view_of(family), recipe("hadamard"), tokens())
 
