@@ -47,7 +47,10 @@ def bias_of(norm: nn.Module) -> Tensor | None:
 
 
 def unit_gain(gain: Tensor, bias: Tensor | None) -> Insert:
-    """Return the insert that makes a norm a plain division: its gain and bias move into the readers."""
+    """Return the insert that makes a norm a plain division: its gain and bias move into the readers.
+
+    A channel of gain 0 (Gemma 3 has them) gets the factor inf: its readers' columns become 0, its gain 1.
+    """
     return Insert("diagonal", Diagonal(1 / gain), None if bias is None else -bias)
 
 

@@ -73,9 +73,9 @@ def _write(module: Any, writer: Writer, change: Insert) -> None:
         if shift is not None:
             assert bias is not None
             bias = bias + shift.to(bias)
-        set_gain(module, writer.kind, apply(gain_of(module, writer.kind)))
+        set_gain(module, writer.kind, _or(1.0, apply(gain_of(module, writer.kind))))
         if bias is not None:
-            module.bias.copy_(apply(bias))
+            module.bias.copy_(_or(0.0, apply(bias)))
         return
     assert shift is None
     weight = module.weight
@@ -85,6 +85,11 @@ def _write(module: Any, writer: Writer, change: Insert) -> None:
     weight.copy_(apply(weight.double().T.contiguous()).T)
     if module.bias is not None:
         module.bias.copy_(apply(module.bias.double()))
+
+
+def _or(value: float, products: Tensor) -> Tensor:
+    """Return products with ``value`` where they are 0 * inf: a silent channel, which ``unit_gain`` gives up."""
+    return torch.where(products.isnan(), value, products)
 
 
 def reader_weight(module: Any, map: LinearMap, folded: bool) -> Tensor:

@@ -44,7 +44,7 @@ class _Sums:
         flat = x.flatten(0, -2).float()
         size = flat.abs()
         self.tokens += len(flat)
-        self.H += gram(flat).cpu()
+        self.H += gram(flat)
         self.absmax = torch.maximum(self.absmax, size.amax(0))
         self.total += size.sum(0)
         if self.last:

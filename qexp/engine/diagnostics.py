@@ -32,7 +32,8 @@ class Surfaces:
         for name, path in paths.items():
             path.observer = lambda x, name=name: seen.__setitem__(name, x[0].float().cpu())
         if paths:
-            self.view.model(self.tokens.to(self.view.model.device), use_cache=False)
+            # without the head: its logits would be the largest tensor of the whole run
+            self.view.model.base_model(self.tokens.to(self.view.model.device), use_cache=False)
         for path in paths.values():
             path.observer = None
         return seen

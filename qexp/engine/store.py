@@ -62,6 +62,8 @@ class Store:
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file(finished.tensors, part, metadata={"facts": json.dumps(finished.facts)})
         part.replace(path)
+        for left in self.folder.glob(f"{key}.*.part"):
+            left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         return finished
 
     def _read(self, path: Path) -> Finished:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from qexp.core import hub
 from qexp.core.errors import UserError
 from qexp.data import corpora
 from qexp.data.corpora import Source
@@ -18,7 +19,7 @@ def source(corpus, path, split="test"):
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    monkeypatch.setattr(corpora, "hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda endpoint: False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
@@ -128,8 +129,8 @@ def test_offline_mode_trusts_the_cache(no_hub, monkeypatch):
 
 
 def test_the_probe_gives_up_on_a_closed_port():
-    corpora.hub_answers.cache_clear()
-    assert not corpora.hub_answers("http://127.0.0.1:9")
+    hub.hub_answers.cache_clear()
+    assert not hub.hub_answers("http://127.0.0.1:9")
 
 
 def test_identity_follows_content_and_not_the_place(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_lm import constant_model, table_model, word_tokenizer
 
+from qexp.core import hub
 from qexp.core.errors import UserError
-from qexp.data import corpora
 from qexp.eval import tasks
 from qexp.eval.tasks import GRAMMAR, Plan, accuracies, summarise
 
@@ -100,7 +100,7 @@ def test_an_unknown_task_gets_the_nearest_names(monkeypatch):
 
 def test_a_hub_task_without_the_hub_fails_at_once(monkeypatch):
     monkeypatch.setattr(tasks, "hub_manager", Manager)
-    monkeypatch.setattr(corpora, "hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda endpoint: False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(
         UserError, match=r"task 'piqa'.* the hub, which does not answer.*eval\.tasks=\[<of qexp_grammar>\]"

@@ -112,3 +112,17 @@ def test_gemmas_offset_gain_is_what_is_scaled():
     rewrite.insert(view.model, site, Insert("diagonal", Diagonal(torch.full((24,), 0.5).double())))
     torch.testing.assert_close(norm.weight, (1 + w) / 2 - 1)
     torch.testing.assert_close(gain_of(norm, "offset_norm"), (1 + w) / 2)
+
+
+@every_family
+def test_a_channel_of_gain_zero_folds_to_readers_that_ignore_it(family):
+    """Gemma 3 270M has such channels: 1 / 0 must reach no weight."""
+    view = view_of(family)
+    for site in view.sites("head_in", "attn_in", "mlp_in"):
+        gain = view.model.get_submodule(site.writers[0].name).weight
+        gain[3] = -1.0 if family.startswith("gemma") else 0.0
+    before = logits(view.model)
+    transform(view, recipe("fold_norm"), tokens())
+    assert all(torch.isfinite(p).all() for p in view.model.parameters())
+    assert distance(logits(view.model), before) < EXACT
+    assert linear_of(view, "q").weight[:, 3].abs().max() == 0

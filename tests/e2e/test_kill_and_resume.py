@@ -1,0 +1,123 @@
+"""kill -9 at any moment: the same command finishes with the record and the block files of a run that was left alone."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import assert_same_blocks, blocks_below, command, process, record_below, tiny
+
+from qexp.models.load import EMBEDDED
+
+# Runs the command in a process that kills itself (SIGKILL: nothing is cleaned up) at the n-th call of a function.
+KILLER = """
+import os, pkgutil, signal, sys
+
+target, calls, when, *rest = sys.argv[1:]
+sys.argv[1:] = rest
+where, _, name = target.rpartition(".")
+owner = pkgutil.resolve_name(where)
+real, seen = getattr(owner, name), []
+
+def lethal(*given, **named):
+    seen.append(name)
+    if len(seen) == int(calls) and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    answer = real(*given, **named)
+    if len(seen) == int(calls):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer
+
+setattr(owner, name, lethal)
+from qexp.cli import main
+
+main()
+"""
+MOMENTS = {
+    # name: (function, its n-th call, before or after it, blocks on disk then)
+    "nothing yet": ("qexp.engine.blocks.embed", "1", "before", 0),
+    "the first block is written but not renamed": ("qexp.engine.store.save_file", "1", "after", 0),
+    "the second block is about to be written": ("qexp.engine.store.save_file", "2", "before", 1),
+    "the second block is installed": ("qexp.engine.blocks.install", "2", "after", 2),
+    "all blocks are there": ("qexp.eval.evaluation.Evaluation.run", "1", "before", 3),
+    "the record is about to be written": ("qexp.report.record.write", "1", "before", 3),
+}
+RECIPES = {
+    "quarot": ["method=quarot", "bits=w4a4kv4"],
+    "gptq": ["method=gptq", "bits=w3a16"],
+    "awq": ["method=awq", "bits=w3a16g32"],
+    "gptq on rotated outliers": ["method=gptq", "bits=w3a8", "model.outliers={kind:rotate}"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEXP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def assert_same_run(got: Path, expected: Path) -> None:
+    ours, theirs = record_below(got), record_below(expected)
+    for key in ("status", "fingerprint", "name", "metrics", "window_losses", "warnings", "diagnostics"):
+        assert ours[key] == theirs[key], key
+    layers = [[block["layers"] for block in record["blocks"]] for record in (ours, theirs)]
+    assert layers[0] == layers[1]
+    assert_same_blocks(got, expected)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_continues(moment: str, tiny_folder: Path, tmp_path: Path) -> None:
+    function, calls, when, there = MOMENTS[moment]
+    recipe = list(RECIPES.values())[list(MOMENTS).index(moment) % len(RECIPES)]
+    killed = process(function, calls, when, *tiny(tiny_folder, tmp_path / "killed", *recipe), script=KILLER)
+    assert killed.code == -signal.SIGKILL, killed.err
+    assert len(blocks_below(tmp_path / "killed")) == there
+    assert list((tmp_path / "killed").glob("*/record.json")) == []
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*/blocks/*.safetensors")}
+    assert command(*tiny(tiny_folder, tmp_path / "killed", *recipe)).code == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished block is not computed again"
+    assert command(*tiny(tiny_folder, tmp_path / "whole", *recipe)).code == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert list((tmp_path / "killed").glob("*/blocks/*.part")) == [], "what a kill left half written is cleared away"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_any_prefix_of_blocks_gives_the_same_run(recipe: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """A kill leaves the first k blocks and no record; here for every k, without the kill."""
+    words = RECIPES[recipe]
+    assert command(*tiny(tiny_folder, tmp_path / "whole", *words)).code == 0
+    for kept in range(3):
+        out = tmp_path / f"kept{kept}"
+        assert command(*tiny(tiny_folder, out, *words)).code == 0
+        next(out.glob("*/record.json")).unlink()
+        for path in sorted(out.glob("*/blocks/*"))[kept:]:
+            path.unlink()
+        assert command(*tiny(tiny_folder, out, *words)).code == 0
+        assert_same_run(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (EMBEDDED / "model.safetensors").exists(), reason="the embedded weights are not in this checkout"
+)
+def test_three_kills_at_random_moments_on_the_embedded_model(tmp_path: Path) -> None:
+    """Someone else pulls the plug, three times, each time after one block more at the earliest."""
+    words = ["method=quarot", "bits=w4a4kv4", "tracking=none", "calibration.samples=8", "eval.limit=4"]
+    waits = random.Random(0)
+    for kill in range(3):
+        run = subprocess.Popen(
+            [sys.executable, "-m", "qexp", *words, f"output_dir={tmp_path}/killed"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while run.poll() is None and len(list(tmp_path.glob("killed/*/blocks/*.safetensors"))) <= kill:
+            time.sleep(0.01)
+        time.sleep(waits.random())
+        run.kill()
+        assert run.wait() in (-signal.SIGKILL, 0)
+    assert command(*words, f"output_dir={tmp_path}/killed").code == 0
+    assert command(*words, f"output_dir={tmp_path}/whole").code == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
