@@ -16,6 +16,7 @@ from qexp.core.linear import QuantLinear
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
+from qexp.engine.capture import gram
 from qexp.models.view import ModelView
 
 Grids = dict[str, Grid]
@@ -77,5 +78,5 @@ def _installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, st
 
 
 def _quadratic(D: Tensor, H: Tensor) -> float:
-    """Return tr(D H Dᵀ): the squared output error over the calibration tokens, per token."""
-    return float(((D @ H.to(D)) * D).sum())
+    """Return tr(D H Dᵀ) = tr(DᵀD H): the squared output error over the calibration tokens, per token."""
+    return float((gram(D) * H.to(D)).sum())

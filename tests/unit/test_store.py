@@ -93,7 +93,7 @@ class TestOnce:
             "no facts": whole.replace(b'"facts"', b'"fucts"'),
         }
         path.write_bytes(wrong[damage])
-        with pytest.raises(UserError, match="corrupt.*resume=false") as error:
+        with pytest.raises(UserError, match=r"corrupt.*resume=false") as error:
             store.once("00000", never)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
