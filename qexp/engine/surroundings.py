@@ -8,6 +8,7 @@ rounding) and activation quantizer are applied. Source of the choice of modules:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -112,14 +113,19 @@ def calls(view: ModelView, group: Group, stream: Stream, kwargs: Kwargs) -> list
     return [(args, given, _tensor(module(*args, **given))) for args, given in seen]
 
 
-def damage_oracle(plan: Plan, group: Group, folded: bool, recorded: list[Call]) -> Callable[[LinearMap], float]:
-    """Return the function candidate -> damage for one group; ``recorded`` comes from :func:`calls`."""
+def damage_oracle(
+    plan: Plan, group: Group, folded: bool, record: Callable[[], list[Call]]
+) -> Callable[[LinearMap], float]:
+    """Return the function candidate -> damage for one group; ``record`` (:func:`calls`) runs if it is ever asked."""
     view, act = plan.view, plan.method.act
     module, layers = inspected(view, group), [view.linear(layer.name) for layer in group.layers]
     path, quantizer = layers[0].path, act.freeze(None) if act.bits < FULL_BITS else None
 
+    recorded = cache(record)
+
     @torch.no_grad()
     def damage(candidate: LinearMap) -> float:
+        truth = recorded()
         kept = [layer.weight for layer in layers]
         rounded = [
             _rounded(layer, candidate, folded, plan.grids.get(about.name))
@@ -130,9 +136,7 @@ def damage_oracle(plan: Plan, group: Group, folded: bool, recorded: list[Call]) 
         for layer, W in zip(layers, rounded, strict=True):
             layer.weight = nn.Parameter(W, requires_grad=False)
         try:
-            errors = [
-                (_tensor(module(*args, **given)) - answer).float().pow(2).mean() for args, given, answer in recorded
-            ]
+            errors = [(_tensor(module(*args, **given)) - answer).float().pow(2).mean() for args, given, answer in truth]
         finally:
             for layer, weight in zip(layers, kept, strict=True):
                 layer.weight = weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 
 import torch
 
@@ -49,7 +50,8 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> N
         known = observe(view, block, groups, source, kwargs, raw) if groups else {}
         for site in sites:
             group = behind[site.name]
-            damage = damage_oracle(plan, group, "diagonal" in site.admits, calls(view, group, source, kwargs))
+            record = partial(calls, view, group, source, kwargs)
+            damage = damage_oracle(plan, group, "diagonal" in site.admits, record)
             around = SiteSurroundings(view, site, known[group.site], damage)
             change = transform.edit(site, around, generator(plan.seed, name, site.name))
             if change is not None:

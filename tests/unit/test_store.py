@@ -80,6 +80,17 @@ class TestOnce:
         Store(tmp_path, []).once("00000", finished)
         assert [path.name for path in tmp_path.iterdir()] == ["00000.safetensors"]
 
+    def test_a_block_appears_by_a_rename_and_in_no_other_way(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def killed(self: Path, target: Path) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Store(tmp_path, []).once("00000", finished)
+        assert list(tmp_path.glob("*.safetensors")) == []
+
     @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "no facts"])
     def test_a_damaged_file_is_told_in_one_line(self, damage: str, tmp_path: Path) -> None:
         store = Store(tmp_path, [])
@@ -141,6 +152,20 @@ class TestAWholeBlock:
         grids = plan_of(view, RECIPES["online"], 0).grids
         install(view, 0, Store(tmp_path / "blocks", []).once("00000", never), grids)
         assert torch.equal(logits(view.model, IDS), before)
+
+    def test_online_maps_come_from_the_file(self, tmp_path: Path) -> None:
+        """A fresh model that was not transformed gets them too: the file alone says what runs before a layer."""
+        view, fresh = quantized("qwen3", RECIPES["online"], tmp_path), view_of("qwen3", torch.float32)
+        install(
+            fresh, 0, Store(tmp_path / "blocks", []).once("00000", never), plan_of(fresh, RECIPES["online"], 0).grids
+        )
+        x = torch.randn(5, 40)
+        for group in view.groups(0):
+            ours, theirs = (v.linear(group.layers[0].name).path.maps for v in (fresh, view))
+            assert [step.state()[0] for step in ours] == [step.state()[0] for step in theirs]
+        down = view.groups(0)[-1].layers[0].name
+        assert not torch.equal(view.linear(down).path(x), x)
+        assert torch.equal(fresh.linear(down).path(x), view.linear(down).path(x))
 
     def test_codes_are_packed(self, tmp_path: Path) -> None:
         """Three-bit codes take three bits on disk, not eight."""

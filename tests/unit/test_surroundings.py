@@ -37,7 +37,7 @@ def ones(plan: Plan, group: Group) -> Diagonal:
 
 
 def oracle(plan: Plan, group: Group, stream: Stream, kwargs: Kwargs, folded: bool = True):
-    return damage_oracle(plan, group, folded, calls(plan.view, group, stream, kwargs))
+    return damage_oracle(plan, group, folded, lambda: calls(plan.view, group, stream, kwargs))
 
 
 def state(view: ModelView) -> tuple[dict[str, Tensor], list[object]]:
