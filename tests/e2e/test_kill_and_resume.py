@@ -117,7 +117,7 @@ def test_three_kills_at_random_moments_on_the_embedded_model(tmp_path: Path) -> 
             time.sleep(0.01)
         time.sleep(waits.random())
         run.kill()
-        assert run.wait() in (-signal.SIGKILL, 0)
+        assert run.wait() == -signal.SIGKILL or kill, "the first kill at least finds it at work"
     assert command(*words, f"output_dir={tmp_path}/killed").code == 0
     assert command(*words, f"output_dir={tmp_path}/whole").code == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")

@@ -187,10 +187,7 @@ class TestTheCommand:
         monkeypatch.setattr(methods, "swaps", lambda: iter([["method=gptq"], wrong]))
         code, out, _ = self.answer(capsys, "--check")
         assert code == 1
-        assert (
-            "method=gptq +method.solver.dampp=1: method.solver.dampp is no setting of Gptq; known: act_order, damp_fraction"
-            in out
-        )
+        assert "method=gptq +method.solver.dampp=1: method.solver.dampp is no setting of Gptq; known: act_order" in out
         assert "2 combinations, 1 broken" in out
         monkeypatch.setattr(methods, "swaps", lambda: iter([["method=gptq"]]))
         assert self.answer(capsys, "--check")[0] == 0
