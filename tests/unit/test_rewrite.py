@@ -15,9 +15,13 @@ from qexp.core.words import Insert
 
 EXACT = 1e-9
 every_family = pytest.mark.parametrize("family", FAMILIES)
+# Behind post-norms (Gemma 2/3) norms are not folded; gemma keeps the 1 + w gain in the list.
+every_folding_family = pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if not f.startswith(("gemma2", "gemma3"))]
+)
 
 
-@every_family
+@every_folding_family
 def test_norms_are_plain_divisions_once_folded(family):
     view = transform(view_of(family), recipe("fold_norm"), tokens())
     for site in view.sites("head_in", "attn_in", "mlp_in"):
@@ -114,7 +118,7 @@ def test_gemmas_offset_gain_is_what_is_scaled():
     torch.testing.assert_close(gain_of(norm, "offset_norm"), (1 + w) / 2)
 
 
-@every_family
+@every_folding_family
 def test_a_channel_of_gain_zero_folds_to_readers_that_ignore_it(family):
     """Gemma 3 270M has such channels: 1 / 0 must reach no weight."""
     view = view_of(family)

@@ -8,6 +8,7 @@ Differs: the official code also centres the embeddings of RMSNorm models, which 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,18 +18,28 @@ from qexp.core.norms import Center, unit_gain
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FoldNorm:
     """Norm folding; no settings."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "model"
 
     def sites(self, model: Sites) -> list[Site]:
-        """Return the residual stream (centred where norms are LayerNorms) and every norm's output."""
+        """Return the residual stream (centred where norms are LayerNorms) and every norm's output.
+
+        None where the residual stream cannot be rotated anyway (post-norms, Gemma 2/3): folding serves no rotation
+        there, and would hand the linears the channels that the gains keep small.
+        """
+        residual = model.sites("residual")[0]
+        if "orthogonal" not in residual.admits:
+            log.info("norms are not folded: behind post-norms the residual stream keeps its axes")
+            return []
         return model.sites("residual", "head_in", "attn_in", "mlp_in")
 
     def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | None:
