@@ -198,8 +198,9 @@ class Allocation(Protocol):
 class Method:
     """A recipe: members of the seven kinds. ``inputs`` is the stream that feeds statistics.
 
-    ``inputs=quantized`` takes statistics behind the already quantized blocks, ``float`` from the float
-    model; ``quantize_stream`` says whether activation and KV quantizers are on while the quantized
+    ``inputs=quantized`` takes statistics behind all that is quantized already, ``block`` behind the quantized
+    blocks but inside a block still float (one pass in place of four), ``float`` from the float model;
+    ``quantize_stream`` says whether activation and KV quantizers are on while the quantized
     stream is propagated to the next block.
     """
 

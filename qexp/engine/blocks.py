@@ -57,8 +57,8 @@ def quantize_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> Fi
     groups = view.groups(block)
     transform_block(plan, block, source, kwargs)
     report = BlockReport(index=block, seconds=0.0)
-    known = observe(view, block, groups, source, kwargs) if source and plan.method.inputs == "float" else {}
     in_turn = bool(source) and plan.method.inputs == "quantized"
+    known = observe(view, block, groups, source, kwargs) if source and not in_turn else {}
     for group in groups:
         if in_turn:
             known = observe(view, block, [group], source, kwargs)

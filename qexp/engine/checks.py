@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def check_method(method: Method, calibrated: bool) -> None:
     """Raise UserError for what is wrong with a recipe on any model; ``calibrated``: there is calibration data."""
-    choose("method.inputs", method.inputs, ("quantized", "float"), "method.inputs")
+    choose("method.inputs", method.inputs, ("quantized", "block", "float"), "method.inputs")
     scopes = [transform.scope for transform in method.transform.values()]
     if scopes != sorted(scopes, key=("model", "block").index):
         order = sorted(method.transform, key=lambda name: method.transform[name].scope != "model")

@@ -264,6 +264,18 @@ class TestTheWalk:
         for group, stats in zip(groups, kept, strict=True):
             assert distance(stats.H_II, second_moment(floating[group.layers[0].name])) < 1e-5
 
+    @pytest.mark.parametrize("family", ["llama", "gemma3", "unknown"])
+    def test_block_inputs(self, family: str, tmp_path: Path) -> None:
+        """A block sees the blocks before it quantized and itself float."""
+        view, kept = self.walk(tmp_path, family, inputs="block")
+        final, floating = seen_in_a_forward(view), seen_in_a_forward(view_of(family, torch.float32))
+        first, second = ([group.layers[0].name for group in view.groups(block)] for block in range(2))
+        for name, stats in zip(first, kept[: len(first)], strict=True):
+            assert distance(stats.H_II, second_moment(floating[name])) < 1e-5
+        assert distance(kept[len(first)].H_II, second_moment(final[second[0]])) < 1e-4
+        for model in (final, floating):
+            assert distance(kept[-1].H_II, second_moment(model[second[-1]])) > 1e-3
+
     @pytest.mark.parametrize("on", [False, True])
     def test_activation_quantizers_in_the_stream(self, on: bool, tmp_path: Path) -> None:
         view, kept = self.walk(tmp_path, inputs="quantized", act="per_token", quantize_stream=on)

@@ -86,6 +86,7 @@ class TestOfARun:
             "method/solver=gptq",
             "method.grid.symmetry=restricted",
             "method.inputs=float",
+            "method.inputs=block",
             "method/transform=[fold_norm]",
             "bits=w3a16",
             "bits.act=8",
