@@ -12,6 +12,8 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(subst /,-,$(CURDIR))
 FAST  := not slow and not gpu and not bench
 CI    := not gpu and not bench
+# One worker per core, one thread each; TESTS=-n0 runs them in one process, in order.
+TESTS ?= -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast test-slow test-gpu check fmt bench clean
@@ -42,13 +44,13 @@ demo: install ## a real sweep on the embedded model, its table and its HTML repo
 	@echo "report: $(abspath $(DEMO))/report.html"
 
 test: install ## the suite: fast tests first, then the slow ones; no GPU, no network
-	$(PY) -m pytest -q -m "$(CI)"
+	$(PY) -m pytest -q $(TESTS) -m "$(CI)"
 
 test-fast: install ## the fast tests alone
-	$(PY) -m pytest -q -m "$(FAST)"
+	$(PY) -m pytest -q $(TESTS) -m "$(FAST)"
 
 test-slow: install ## the slow tests alone
-	$(PY) -m pytest -q -m "slow and $(CI)"
+	$(PY) -m pytest -q $(TESTS) -m "slow and $(CI)"
 
 test-gpu: install ## what needs a CUDA device
 	$(PY) -m pytest -q -m gpu
@@ -57,7 +59,7 @@ check: install ## ruff, ruff format, mypy strict on qexp, fast tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q -m "$(FAST)"
+	$(PY) -m pytest -q $(TESTS) -m "$(FAST)"
 
 fmt: install ## let ruff mend what it can
 	$(PY) -m ruff check --fix .

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 def main(folder: str, tokens: str, weights: str, answer: str) -> None:
     """Quantize the model of ``folder`` on int64 ``tokens`` [N, S]; write its dequantized linears and its seconds."""
     ids = load_file(tokens)["tokens"]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
     dataset = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
     recipe = [GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])]

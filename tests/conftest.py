@@ -18,6 +18,9 @@ os.environ.update(
     MPLBACKEND="agg",
 )
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core: a second thread in each would only get in the way
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
 import pytest
 from hypothesis import settings
 

@@ -69,7 +69,10 @@ def assert_same_run(got: Path, expected: Path) -> None:
     assert_same_blocks(got, expected)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param(name, marks=[] if "not renamed" in name else pytest.mark.slow) for name in MOMENTS],
+)
 def test_a_killed_run_continues(moment: str, tiny_folder: Path, tmp_path: Path) -> None:
     function, calls, when, there = MOMENTS[moment]
     recipe = list(RECIPES.values())[list(MOMENTS).index(moment) % len(RECIPES)]
