@@ -18,6 +18,10 @@ os.environ.update(
     MPLBACKEND="agg",
 )
 
+# Tests move the cache of runs about; kernels compiled once must stay compiled.
+os.environ.setdefault(
+    "QEXP_KERNEL_CACHE", str(Path(os.environ.get("QEXP_CACHE") or Path.home() / ".cache" / "qexp") / "kernels")
+)
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core: a second thread in each would only get in the way
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 

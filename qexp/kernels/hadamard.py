@@ -2,8 +2,9 @@
 
 H = K_1 (x) K_2 (x) ... (x) S_{2^power}. A row is viewed as [K_1, K_2, .., 2^power] and each axis is multiplied by its
 own matrix: n (sum K_i + ..) work in place of n^2. The power-of-two axis is cut into axes of 2 to 64, each one dense
-matmul: measured on a CPU, four to eight times faster than the butterfly, which passes over memory ``power`` times. On
-CUDA the optional package ``fast_hadamard_transform`` takes that axis when it is installed.
+matmul: measured on a CPU, four to eight times faster than torch's butterfly, which passes over memory ``power`` times.
+The compiled kernel (csrc/cpu/hadamard.h), where it was built, does that axis and the last K in one pass; on CUDA the
+optional package ``fast_hadamard_transform`` takes the axis when it is installed.
 
 Matrices need not be symmetric: the inverse multiplies by H, and autograd differentiates the plain operations.
 
@@ -21,6 +22,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qexp.kernels import build, ops
+
+assert "hadamard" in ops.OPS  # importing it is what defines torch.ops.qexp
 LARGEST_FAST_POWER = 15  # what fast_hadamard_transform accepts
 
 
@@ -61,19 +65,48 @@ def _transform(x: Tensor, factors: list[Tensor], power: int) -> Tensor:
         raise ValueError(f"x has {x.shape[-1]} columns; the factors and 2^{power} multiply to {n}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):  # autocast would run the matmuls in 16 bits
-        small = [factor.to(x.device, dtype) / math.sqrt(factor.shape[0]) for factor in factors]
-        y = _along_axes(x.to(dtype).reshape(-1, n), small, power)
+        if _compiled(x, factors, power):
+            return _by_kernel(x, factors, power)
+        y = _along_axes(x.to(dtype).reshape(-1, n), _orthonormal(factors, x.device, dtype), power)
     return y.reshape(x.shape).to(x.dtype)
+
+
+def _compiled(x: Tensor, factors: list[Tensor], power: int) -> bool:
+    """Return whether the compiled kernel takes 2^power and the last factor: decided by the machine, not by values.
+
+    It has no float64 and no float factor (a DCT); below 32 columns it loses to the matmuls.
+    """
+    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and (power >= 5 or not factors)
+    learns = x.requires_grad and torch.is_grad_enabled()
+    return fits and x.device.type == "cpu" and x.numel() > 0 and not learns and build.load()
+
+
+def _by_kernel(x: Tensor, factors: list[Tensor], power: int) -> Tensor:
+    """Return the transform with its fastest axes by ``torch.ops.qexp.hadamard``, what is left by matmuls."""
+    last = factors[-1].to(x.device) if factors and factors[-1].dtype == torch.int8 else None
+    rest = factors if last is None else factors[:-1]
+    block = (1 if last is None else last.shape[0]) << power
+    y: Tensor = torch.ops.qexp.hadamard(x.float() if rest else x, block, block**-0.5, last)
+    if rest:
+        y = _multiply(y.reshape(-1, x.shape[-1]), _orthonormal(rest, x.device, torch.float32), block)
+    return y.reshape(x.shape).to(x.dtype)
+
+
+def _orthonormal(factors: list[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [factor.to(device, dtype) / math.sqrt(factor.shape[0]) for factor in factors]
 
 
 def _along_axes(rows: Tensor, small: list[Tensor], power: int) -> Tensor:
     """Multiply each axis of rows [R, n] by its orthonormal matrix, fastest axis first."""
     fast = _fast_kernel() if rows.is_cuda and 0 < power <= LARGEST_FAST_POWER else None
     if fast is None:
-        small, y, inner = _axes(small, power, rows), rows, 1
-    else:
-        y, inner = fast(rows.reshape(-1, 1 << power), 2.0 ** (-power / 2)), 1 << power
-    for matrix in reversed(small):
+        return _multiply(rows, _axes(small, power, rows), 1)
+    return _multiply(fast(rows.reshape(-1, 1 << power), 2.0 ** (-power / 2)), small, 1 << power)
+
+
+def _multiply(y: Tensor, matrices: list[Tensor], inner: int) -> Tensor:
+    """Multiply the axes of y, slowest first in ``matrices``; the last of them is ``inner`` elements apart."""
+    for matrix in reversed(matrices):
         size = matrix.shape[0]
         y = matrix @ y.reshape(-1, size, inner) if inner > 1 else y.reshape(-1, size) @ matrix.T
         inner *= size

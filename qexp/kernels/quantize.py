@@ -5,8 +5,9 @@ Asymmetric: s = clip (max - min) / (2^b - 1), z = round(-clip min / s),
 x^ = s (clamp(round(x / s) + z, 0, 2^b - 1) - z);
 a token's range is first widened to contain 0, a group's is not, and z is not clamped. Rounding is half to even.
 
-This runs before every linear of an evaluation, so it makes two reductions over x and then rounds in place, in chunks of
-rows that stay in cache. Where a gradient is asked for, round passes it straight through.
+This runs before every linear of an evaluation. On a CPU the compiled kernel reads each row once from memory; without it
+torch makes two reductions over x and then rounds in place, in chunks of rows that stay in cache: the same numbers, bit
+for bit. Where a gradient is asked for, torch computes and round passes it straight through.
 
 Source: methods/rtn.md section 3, methods/quarot.md section 3.7. Differs: the reciprocal of s is taken once (kernels.md
 section 7), and s has a floor of float resolution in place of special cases for zero and constant rows.
@@ -19,6 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qexp.kernels import ops
+
+assert "fake_quantize" in ops.OPS  # importing it is what defines torch.ops.qexp
+COMPILED = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_ELEMENTS = 1 << 18  # 1 MB of float32: the second-level cache of one core
 
 
@@ -28,9 +33,7 @@ def fake_quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float) 
     Shapes: x [..., I] -> same shape and dtype. Arithmetic in float32 for 16-bit x, else in the dtype of x.
     Units: clip is a fraction of the row's range. A row with NaN or Inf becomes NaN; the others do not notice.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    grid = _symmetric_grid(rows, bits, clip) if symmetric else _asymmetric_grid(rows, bits, clip, with_zero=True)
-    return _on_grid(rows, grid).reshape(x.shape)
+    return _fake(x, bits, x.shape[-1], symmetric, True, clip)
 
 
 def fake_quantize_groups(x: Tensor, bits: int, group: int, symmetric: bool, clip: float) -> Tensor:
@@ -40,9 +43,38 @@ def fake_quantize_groups(x: Tensor, bits: int, group: int, symmetric: bool, clip
     """
     if group < 1 or x.shape[-1] % group:
         raise ValueError(f"group={group} does not divide the {x.shape[-1]} columns of x")
-    rows = x.reshape(-1, group)
-    grid = _symmetric_grid(rows, bits, clip) if symmetric else _asymmetric_grid(rows, bits, clip, with_zero=False)
+    return _fake(x, bits, group, symmetric, False, clip)
+
+
+def fake_quantize_reference(x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float) -> Tensor:
+    """Compute the op ``fake_quantize`` in plain torch.
+
+    Shapes: x [..., I] of any float dtype, group divides I (0: all of it) -> same shape and dtype. ``widen``: a range is
+    first widened to contain 0. Raises: RuntimeError naming the argument.
+    """
+    check_fake_quantize(x, bits, group, clip)
+    rows = x.reshape(-1, group or x.shape[-1])
+    grid = symmetric_grid(rows, bits, clip) if symmetric else asymmetric_grid(rows, bits, clip, with_zero=widen)
     return _on_grid(rows, grid).reshape(x.shape)
+
+
+def check_fake_quantize(x: Tensor, bits: int, group: int, clip: float) -> None:
+    """Raise RuntimeError naming the first argument of ``fake_quantize`` that is wrong; works on fake tensors."""
+    torch._check(x.dim() >= 1 and x.shape[-1] >= 1, lambda: f"x: got shape {tuple(x.shape)}, expected [..., d]")
+    torch._check(2 <= bits <= 8, lambda: f"bits: got {bits}, expected 2 to 8")
+    torch._check(0 < clip <= 1, lambda: f"clip: got {clip}, expected a number in (0, 1]")
+    d = x.shape[-1]
+    divides = group >= 0 and d % (group or d) == 0
+    torch._check(divides, lambda: f"group: got {group}, expected 0 or a divisor of d={d}")
+
+
+def _fake(x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float) -> Tensor:
+    """Run the op where its compiled kernel serves: a CPU, no gradient wanted, not float64; else plain torch."""
+    learns = x.requires_grad and torch.is_grad_enabled()
+    if x.device.type == "cpu" and x.dtype in COMPILED and not learns and x.shape[-1]:
+        y: Tensor = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, widen, clip)
+        return y
+    return fake_quantize_reference(x, bits, group, symmetric, widen, clip)
 
 
 class Grid(NamedTuple):
@@ -54,7 +86,7 @@ class Grid(NamedTuple):
     highest: int
 
 
-def _symmetric_grid(rows: Tensor, bits: int, clip: float) -> Grid:
+def symmetric_grid(rows: Tensor, bits: int, clip: float) -> Grid:
     """Return the grid whose greatest code stands for clip * max|x| of each row of [R, I]."""
     low, high = _range(rows)
     top = 2 ** (bits - 1) - 1
@@ -62,7 +94,7 @@ def _symmetric_grid(rows: Tensor, bits: int, clip: float) -> Grid:
     return Grid(scale, None, -top - 1, top)
 
 
-def _asymmetric_grid(rows: Tensor, bits: int, clip: float, with_zero: bool) -> Grid:
+def asymmetric_grid(rows: Tensor, bits: int, clip: float, with_zero: bool) -> Grid:
     """Return the grid over clip times the range of each row of [R, I], widened to contain 0 on request."""
     low, high = _range(rows)
     if with_zero:

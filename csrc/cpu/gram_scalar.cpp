@@ -1,0 +1,16 @@
+// gram.h without vector instructions: what every machine can run, and the order of sums the other tiers follow.
+#include "gram.h"
+
+namespace qexp {
+
+void gram_tile_scalar(const float* a, const float* b, int64_t tokens, float* tile) {
+    for (int64_t row = 0; row < kGramTile; ++row) {
+        float sum[kGramTile] = {};
+        for (int64_t t = 0; t < tokens; ++t) {
+            for (int64_t c = 0; c < kGramTile; ++c) sum[c] += a[t * kGramTile + row] * b[t * kGramTile + c];
+        }
+        for (int64_t c = 0; c < kGramTile; ++c) tile[row * kGramTile + c] += sum[c];
+    }
+}
+
+}  // namespace qexp
