@@ -34,7 +34,8 @@ def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -
     x, kwargs = embed(view, tokens)
     y, reports = x, []
     for block in run.progress("quantize blocks", range(len(view.blocks))):
-        float_out = advance(view, block, y, kwargs[block]) if method.inputs == "float" else y
+        more = block + 1 < len(view.blocks)  # nothing reads what the last block answers
+        float_out = advance(view, block, y, kwargs[block]) if more and method.inputs == "float" else y
         source = y if method.inputs == "float" else x
 
         def make(block: int = block, source: Stream = source) -> Finished:
@@ -45,7 +46,8 @@ def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -
         if method.quantize_stream:
             activate(view, [block], method)
             view.replays.clear()  # they answered for inputs that are quantized only now
-        x, y = advance(view, block, x, kwargs[block]), float_out
+        if more:
+            x, y = advance(view, block, x, kwargs[block]), float_out
         view.replays.clear()
         reports.append(finished.report)
     return reports

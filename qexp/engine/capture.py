@@ -14,20 +14,8 @@ from torch import Tensor, nn
 from qexp.core.errors import UserError
 from qexp.core.words import Group, Stats
 from qexp.engine.streams import Kwargs, StopForward, Stream, answers
+from qexp.kernels.gram import gram
 from qexp.models.view import ModelView
-
-SMALL_GRAM = 256  # columns below which a matrix product is not worth halving
-
-
-def gram(X_TI: Tensor) -> Tensor:
-    """Return XᵀX [I, I] in the dtype of X; the two off-diagonal halves are equal, so one is computed (CPU: -30 %)."""
-    size = X_TI.shape[1]
-    if size <= SMALL_GRAM or X_TI.is_cuda:
-        return X_TI.T @ X_TI
-    half = size // 2
-    left, right = X_TI[:, :half], X_TI[:, half:]
-    corner = left.T @ right
-    return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.T, gram(right)], 1)])
 
 
 class _Sums:
@@ -41,8 +29,8 @@ class _Sums:
         self.total = torch.zeros(size, dtype=torch.float64, device=device)
 
     def __call__(self, x: Tensor) -> None:
-        flat = x.flatten(0, -2).float()
-        size = flat.abs()
+        flat = x.flatten(0, -2)
+        size = flat.abs().float()
         self.tokens += len(flat)
         self.H += gram(flat)
         self.absmax = torch.maximum(self.absmax, size.amax(0))

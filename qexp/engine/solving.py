@@ -16,7 +16,7 @@ from qexp.core.linear import QuantLinear
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
-from qexp.engine.capture import gram
+from qexp.kernels.gram import gram
 from qexp.models.view import ModelView
 
 Grids = dict[str, Grid]

@@ -13,7 +13,6 @@ from toy_models import logits, tokens, view_of
 from toy_recipes import recipe
 
 from qexp.engine.blocks import quantize_blocks
-from qexp.engine.capture import gram
 from qexp.engine.context import Run
 from qexp.models.replay import Replays
 
@@ -88,9 +87,3 @@ def quantized(name: str, budget: int, folder: Path, method: str) -> torch.Tensor
 def test_quantized_models_are_the_same_to_the_bit(name: str, method: str, tmp_path: Path) -> None:
     with_replays = quantized(name, 2**30, tmp_path / "a", method)
     assert torch.equal(with_replays, quantized(name, 0, tmp_path / "b", method))
-
-
-@pytest.mark.parametrize("size", [3, 256, 257, 700])
-def test_gram_is_the_product(size: int) -> None:
-    X = torch.randn(64, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(gram(X), X.T @ X, rtol=1e-12, atol=1e-12)

@@ -26,6 +26,7 @@ from torch import Tensor
 from qexp.core.errors import NumericalError, UserError, choose
 from qexp.core.words import FULL_BITS, Layer, Params
 from qexp.stages.grid import _shared as shared
+from qexp.stages.grid._shared_sweep import sweep
 
 SYMMETRIES = ("restricted", "half_step", "full_unsigned", "full_signed", "asymmetric")
 RANGES = ("minmax", "mse", "diag_h", "output")
@@ -97,6 +98,10 @@ class Integer:
         levels, scale, zero = self._grouped(codes.to(params["scale"].dtype), params)
         return levels.sub_(zero).mul_(scale).reshape(codes.shape)
 
+    def sweep(self, T_JO: Tensor, E_JO: Tensor, M_JJ: Tensor, params: Sequence[Params]) -> Tensor:
+        """Round columns in turn, errors fed forward: see ``kernels.sweep``."""
+        return sweep(T_JO, E_JO, M_JJ, params, self.bits)
+
     def cost(self, outputs: int, inputs: int) -> float:
         """Return bits per weight: the code, and per slice its scale and, packed at b bits, its zero point."""
         columns = {-1: inputs, 0: outputs * inputs}.get(self.group, self.group)
@@ -108,8 +113,7 @@ class Integer:
         scale, zero = params["scale"], params.get("zero", 1 << (self.bits - 1))
         if scale.shape[1] == 1:
             return X_OJ, scale, zero
-        zero = zero[..., None] if isinstance(zero, Tensor) else zero
-        return X_OJ.reshape(*scale.shape, -1), scale[..., None], zero
+        return X_OJ.reshape(*scale.shape, -1), scale[..., None], zero[..., None] if isinstance(zero, Tensor) else zero
 
     def _codes(self, W: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:
         """Return the nearest codes, still in floating point."""

@@ -1,0 +1,103 @@
+"""One sweep over the columns of a weight: the buffers, and which columns are rounded and pushed when.
+
+Source: methods/gptq.md section 3. A grid that can round neighbouring columns by itself (``SweepsColumns``) does so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from qexp.core.stages import Grid
+from qexp.core.words import Params
+
+NEIGHBOURS = 32  # columns that a grid may round by itself: their targets and errors stay in cache
+
+
+@runtime_checkable
+class SweepsColumns(Protocol):
+    """A grid that rounds neighbouring columns faster than one encode and one decode for each of them."""
+
+    def sweep(self, T_JO: Tensor, E_JO: Tensor, M_JJ: Tensor, params: Sequence[Params]) -> Tensor:
+        """Return codes [J, O] of columns rounded in turn; T gathers errors, E becomes weight - rounded, in place."""
+        ...
+
+
+@dataclass
+class Sweep:
+    """The buffers of one sweep, transposed so that a column of the weight is contiguous.
+
+    ``T_IO`` holds the targets, ``E_IO`` the original weights until a column is rounded and its error w - q
+    afterwards, ``codes`` [I/D, O] the result, ``params`` the grid of each column, all in the order of the sweep.
+    """
+
+    T_IO: Tensor
+    E_IO: Tensor
+    M_II: Tensor
+    codes: Tensor
+    grid: Grid
+    params: list[Params]
+
+    @classmethod
+    def start(cls, W_OI: Tensor, M_II: Tensor, grid: Grid) -> Sweep:
+        """Return the state before the first column."""
+        T_IO = W_OI.T.contiguous()
+        codes = torch.empty(len(T_IO) // grid.dim, len(W_OI), dtype=torch.uint8, device=W_OI.device)
+        return cls(T_IO, T_IO.clone(), M_II, codes, grid, [])
+
+    def round_fitting(self, H_II: Tensor) -> Params:
+        """Round all columns, fitting each group when it is reached; return the parameters of all groups."""
+        width = self.grid.group
+        for lo in range(0, len(self.T_IO), width):
+            params = self.grid.fit(self._corrected(lo, lo + width), H_II[lo : lo + width, lo : lo + width])
+            self.params += [params] * width
+            self.round(lo, lo + width)
+            self._push(lo, lo + width, len(self.T_IO))
+        return {name: torch.cat([p[name] for p in self.params[::width]], dim=1) for name in self.params[0]}
+
+    def round(self, lo: int, hi: int) -> None:
+        """Round columns lo .. hi: the left half, its errors into the right half, the right half.
+
+        Updates as wide as the columns they serve move less memory than lazy blocks of 128, for the same sums.
+        """
+        dim, grid = self.grid.dim, self.grid
+        if isinstance(grid, SweepsColumns) and hi - lo <= NEIGHBOURS and self.T_IO.dtype == torch.float32:
+            part = slice(lo, hi)
+            self.codes[part] = grid.sweep(self.T_IO[part], self.E_IO[part], self.M_II[part, part], self.params[part])
+            return
+        if hi - lo > dim:
+            mid = lo + (hi - lo) // dim // 2 * dim
+            self.round(lo, mid)
+            self._push(lo, mid, hi)
+            self.round(mid, hi)
+            return
+        params = self.params[lo]
+        codes = grid.encode(self.T_IO[lo:hi].T, params)
+        self.codes[lo // dim] = codes[:, 0]
+        self.E_IO[lo:hi] -= grid.decode(codes, params).T
+
+    def _corrected(self, lo: int, hi: int) -> Tensor:
+        """Return the weights [O, hi - lo] corrected for all errors before ``lo``: the paper's current weights.
+
+        Targets lack what the columns of the range then owe each other: x = w + (t - w) M⁻¹ on the range.
+        """
+        M_JJ, w_JO = self.M_II[lo:hi, lo:hi], self.E_IO[lo:hi]
+        moved_JO = self.T_IO[lo:hi] - w_JO
+        solved_JO: Tensor = torch.linalg.solve_triangular(M_JJ.T, moved_JO, upper=False, unitriangular=True)
+        return (w_JO + solved_JO).T
+
+    def _push(self, lo: int, mid: int, hi: int) -> None:
+        """Add the errors of columns lo .. mid to the targets of columns mid .. hi."""
+        self.T_IO[mid:hi].addmm_(self.M_II[lo:mid, mid:hi].T, self.E_IO[lo:mid])
+
+
+def by_column(params: Params, order: Tensor, grid: Grid) -> list[Params]:
+    """Return for each position in the sweep the parameters [O, 1, ...] of that column's group."""
+    groups = next(iter(params.values())).shape[1]
+    local = [{name: p[:, g : g + 1].contiguous() for name, p in params.items()} for g in range(groups)]
+    group_of = order // grid.group if grid.group > 0 else torch.zeros_like(order)
+    return [local[g] for g in group_of.tolist()]
