@@ -153,8 +153,10 @@ def record_of(work: Run, config: Mapping[str, Any], measured: Mapping[str, Any])
 
 
 def environment() -> dict[str, Any]:
-    """Return what the numbers were made with: versions, commit, processor, threads."""
+    """Return what the numbers were made with: versions, commit, processor, threads, kernels."""
     import torch
+
+    from qexp.kernels.ops import kernel_info
 
     versions = {}
     for package in PACKAGES:
@@ -167,6 +169,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
+        "kernels": kernel_info(),
         "commit": _commit(),
         "command": Path(sys.argv[0]).name + " " + " ".join(sys.argv[1:]),
         "versions": versions,

@@ -11,7 +11,9 @@ from typing import Any
 from qexp.core.build import build
 from qexp.engine.checks import check_method, check_model
 from qexp.engine.context import Run
+from qexp.engine.packing import check_packable
 from qexp.launch import Setup, begin, is_finished, publish, recording, write
+from qexp.packed_run import contenders
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ def run(config: dict[str, Any], choices: Mapping[str, str], sweep: str | None) -
     setup = Setup(**{key: build(config[key], key) for key in Setup.__annotations__})
     setup.check()
     check_method(setup.method, calibrated=setup.calibration.source != "none")
+    if setup.eval.speed:
+        check_packable(setup.method)
     work = begin(setup)
     if is_finished(work):
         log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
@@ -62,11 +66,15 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     activate(view, range(len(view.blocks)), setup.method)
     quantized = time.perf_counter()
     results = setup.eval.run(view.model, tokenizer, sets, baseline, work.progress)
+    metrics = {**results.metrics, **sizes(view, setup.method)}
+    activations = surfaces.compare()
     seconds = {"quantize_seconds": quantized - began, "evaluate_seconds": time.perf_counter() - quantized}
+    if setup.eval.speed:  # last, since packing spends the view
+        metrics |= setup.eval.speeds(*contenders(view, setup.method, setup.model, work.device), work.progress)
     return {
-        "metrics": {**results.metrics, **sizes(view, setup.method)},
+        "metrics": metrics,
         "window_losses": results.window_losses,
         "blocks": blocks,
-        "diagnostics": {"activations": surfaces.compare()},
+        "diagnostics": {"activations": activations},
         "cost": seconds,
     }

@@ -23,6 +23,7 @@ from qexp.data.generated import Progress, Request, first_token, generated, max_p
 from qexp.eval.baseline import Baseline, float_accuracies, float_windows, namer
 from qexp.eval.divergence import Scores, Teacher, frozen, score_windows
 from qexp.eval.perplexity import Loop, device_of, interval, perplexity, reader, windows
+from qexp.eval.speed import Contender, measure, workload
 from qexp.eval.tasks import Plan, accuracies
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,6 @@ class Evaluation:
 
     def check(self) -> None:
         """Raise UserError, before anything heavy, for settings that cannot work."""
-        if self.speed:
-            raise UserError("speed needs the packed path, which is not built yet", override="eval.speed=false")
         for key in ("perplexity", "tasks"):
             if isinstance(value := getattr(self, key), str):
                 raise UserError(f"eval.{key}={value}", "a list", f"eval.{key}=[{value}]")
@@ -91,7 +90,7 @@ class Evaluation:
             "seed": self.seed,
             "tasks": self._plan().identity(),
             "version": VERSION,
-        }
+        } | ({"speed": True} if self.speed else {})  # absent: fingerprints of runs without it stay as they were
 
     def sets(
         self, model: Any, tokenizer: Any, cache: Path, model_identity: str, progress: Progress = silent
@@ -143,6 +142,14 @@ class Evaluation:
             metrics |= accuracies(model, tokenizer, self._plan())
             metrics |= {f"fp/{key}": value for key, value in baseline.accuracies.items()}
         return Results(metrics, window_losses)
+
+    def speeds(self, packed: Contender, plain: Contender, progress: Progress = silent) -> dict[str, float]:
+        """Return the speed/... metrics of a packed model and, as fp/speed/..., of the float one beside it."""
+        work = workload(packed.model)
+        found = measure({"": packed, "fp/": plain}, work, progress)
+        sizes = {"prompt_tokens": work.prompt.shape[1], "decoded_tokens": work.decode_tokens}
+        figures = {f"{who}speed/{key}": value for who, values in found.items() for key, value in values.items()}
+        return figures | {f"speed/{key}": float(value) for key, value in sizes.items()}
 
     def _metrics(self, name: str, scores: Scores, float_losses: list[float]) -> dict[str, float | list[float]]:
         """Return the record's metrics of one set."""

@@ -6,6 +6,7 @@ with an optional step in front. A module without a ``door`` computes exactly wha
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,15 @@ NAME = "qexp"
 
 @dataclass
 class Door:
-    """What one attention module does to q, k, v; ``rotation`` (R3) acts only where keys are quantized."""
+    """What one attention module does to q, k, v; ``rotation`` (R3) acts only where keys are quantized.
+
+    ``decoded`` points to the keys that a packed cache has just handed out, rotated and quantized already; weakly, so
+    that a forward which fails in between leaves nothing behind.
+    """
 
     rotation: LinearMap | None = None
     kv: Kv | None = None
+    decoded: weakref.ref[Tensor] | None = None
 
 
 def attention(
@@ -36,13 +42,25 @@ def attention(
     """Return the attention output [B, S, A, E] for q [B, A, S, E] and k, v [B, A_kv, S, E]."""
     door = getattr(module, "door", None)
     if door is not None and door.kv is not None:
-        if door.rotation is not None:
-            query, key = door.rotation.apply(query), door.rotation.apply(key)
-        key, value = door.kv(key, value)
+        query, key, value = _through(door, door.kv, query, key, value)
     if kwargs.get("softcap") is not None:
         return _softcapped(query, key, value, attention_mask, kwargs), None
     answer: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return answer
+
+
+def _through(door: Door, kv: Kv, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v rotated and quantized; what comes out of a packed cache has only its query rotated."""
+    decoded, door.decoded = door.decoded() if door.decoded else None, None
+    if decoded is not None and decoded is not key:
+        raise RuntimeError("the keys of a packed cache were changed on their way to attention; use another cache")
+    if door.rotation is not None:
+        query = door.rotation.apply(query)
+    if decoded is not None:
+        return query, key, value
+    if door.rotation is not None:
+        key = door.rotation.apply(key)
+    return query, *kv(key, value)
 
 
 def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:

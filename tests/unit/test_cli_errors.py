@@ -12,8 +12,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_runs import Outcome, command, save_tiny, tiny
 
-from qexp import bench
-
 # The mistake, and what the line must say: what was got, what is needed or what to type instead.
 IN_THE_KEYS = [
     ("method=gtpq", ["method=gtpq", "did you mean gptq", "smoothquant"]),
@@ -201,19 +199,6 @@ def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     outcome = command(f"output_dir={tmp_path}/file/out")
     assert outcome.code == 2 and "is a file" in outcome.err and outcome.err.count("\n") == 1
-
-
-@pytest.mark.parametrize("what", ["kernels", "model"])
-def test_the_benchmark_says_that_there_is_nothing_to_measure_yet(what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        bench.main([what, "--json", "never.json"])
-    shown = capsys.readouterr()
-    assert ended.value.code == 2 and shown.out == ""
-    assert (
-        shown.err.startswith(f"qexp-bench: {what}: the compiled kernels are not built yet")
-        and shown.err.count("\n") == 1
-    )
-    assert not Path("never.json").exists()
 
 
 def test_mistakes_need_no_transformers() -> None:
