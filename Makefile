@@ -16,7 +16,7 @@ CI    := not gpu and not bench
 TESTS ?= -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow test-gpu check fmt bench clean
+.PHONY: help install kernels demo test test-fast test-slow test-gpu check fmt bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -38,18 +38,21 @@ $(STAMP): pyproject.toml | $(PY)
 	$(PY) -m pip install --progress-bar off -q -e '.[dev]'
 	@rm -f "$(VENV)"/.installed-* && touch "$@"
 
+kernels: install ## compile csrc/cpu now, once (else the first run that needs it does)
+	@$(PY) -c 'from qexp.kernels.ops import kernel_info as k; i = k(); print("kernels:", i["isa"], i["reason"])'
+
 demo: install ## a real sweep on the embedded model, its table and its HTML report (under 5 minutes on 2 cores)
 	qexp -m method=fp16,rtn,gptq,quarot bits=w4a16,w4a4kv4 output_dir=$(DEMO)
 	qexp-report $(DEMO) --html $(DEMO)/report.html
 	@echo "report: $(abspath $(DEMO))/report.html"
 
-test: install ## the suite: fast tests first, then the slow ones; no GPU, no network
+test: kernels ## the suite: fast tests first, then the slow ones; no GPU, no network
 	$(PY) -m pytest -q $(TESTS) -m "$(CI)"
 
-test-fast: install ## the fast tests alone
+test-fast: kernels ## the fast tests alone
 	$(PY) -m pytest -q $(TESTS) -m "$(FAST)"
 
-test-slow: install ## the slow tests alone
+test-slow: kernels ## the slow tests alone
 	$(PY) -m pytest -q $(TESTS) -m "slow and $(CI)"
 
 test-gpu: install ## what needs a CUDA device
