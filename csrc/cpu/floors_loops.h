@@ -54,7 +54,10 @@ int32_t dot_loop(int64_t steps) {
             for (int i = 0; i < 8; ++i) {
                 auto b = a;
                 __asm__ volatile("" : "+x"(a), "+x"(b));  // or the compiler would multiply once, before the loop
-                times<kChains>([&](auto c) QEXP_INLINE { V::add_pairs(sum[c], more[c / 2], c % 2 ? b : a); });
+                times<kChains>([&](auto c) QEXP_INLINE {
+                    V::add_pairs(sum[c], more[c / 2], c % 2 ? b : a);
+                    __asm__ volatile("" : "+x"(sum[c]));  // or it would gather all products first, and spill them
+                });
             }
             times<kChains>([&](auto c) QEXP_INLINE { V::add_shorts(acc[c], sum[c]); });
         } else {

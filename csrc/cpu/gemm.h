@@ -1,8 +1,8 @@
 // Products of activations [m][k] with weights [n][k] in the layout p16k8.
 //
 // out[m][n] = a_scale[m] * sum_g (w_scale[n][g] acc[m][n][g] - w_shift[n][g] sum_k a[m][k]) + bias[n]
-// acc is the exact integer sum over the group; the rest is fp32 with one fma a group, in order of g, and one rounding to
-// the output. So a row's result depends neither on the other rows nor on the tier or the number of threads.
+// acc is the exact integer sum over the group; the rest is fp32 with one fma a group, in order of g, and one rounding
+// to the output. So a row's result depends neither on the other rows nor on the tier or the number of threads.
 #pragma once
 
 #include <cstdint>

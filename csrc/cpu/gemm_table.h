@@ -32,8 +32,8 @@ struct TileTask {
     int64_t leading;
 };
 
-// The same with float activations. x is packed for each block of rows: fp32 [k][rows], or pairs of bf16 [pair][rows][2],
-// the pairs in the order kPairs, four to a step.
+// The same with float activations. x is packed for each block of rows: fp32 [k][rows], or pairs of bf16
+// [pair][rows][2], the pairs in the order kPairs, four to a step.
 struct FloatTileTask {
     const void* x;
     const uint8_t* w;
@@ -47,7 +47,7 @@ struct FloatTileTask {
     int64_t leading;
 };
 
-// A lane of p16k8 has 32 bits, so its halves hold the nibbles of these k of a step when shifted right by 0, 4, 8 and 12.
+// A lane of p16k8 has 32 bits: its halves hold the nibbles of these k of a step when shifted right by 0, 4, 8 and 12.
 constexpr int kPairs[4][2] = {{0, 2}, {4, 6}, {1, 3}, {5, 7}};
 
 struct PackTask {

@@ -1,7 +1,7 @@
 // The layout "cpu" of 4-bit weights, p16k8, shared by every x86 tier.
 //
-// [N/16][K/8][64 bytes]: byte 4c + j of a block holds column c; its low nibble is k = 8i + j, the high one k = 8i + 4 + j,
-// both stored as code + 8, so that they are the unsigned operand of vpdpbusd and vpmaddubsw. One `and` gives the bytes
+// [N/16][K/8][64 bytes]: byte 4c + j of a block holds column c; its low nibble is k = 8i + j, the high one
+// k = 8i + 4 + j, both stored as code + 8, so that they are the unsigned operand of vpdpbusd and vpmaddubsw. One `and` gives the bytes
 // of four k of 16 columns, a shift and an `and` the next four. N is padded to 16 and K to 8 with the weight 0 (code 8).
 // A packed weight is one buffer: the header, then the blocks.
 #pragma once
@@ -28,7 +28,9 @@ static_assert(sizeof(W4Header) == kHeaderBytes, "the codes start on a cache line
 
 static constexpr int64_t column_blocks(int64_t n) { return (n + kBlockColumns - 1) / kBlockColumns; }
 static constexpr int64_t k_steps(int64_t k) { return (k + kBlockSteps - 1) / kBlockSteps; }
-static constexpr int64_t p16k8_bytes(int64_t n, int64_t k) { return kHeaderBytes + column_blocks(n) * k_steps(k) * kBlockBytes; }
+static constexpr int64_t p16k8_bytes(int64_t n, int64_t k) {
+    return kHeaderBytes + column_blocks(n) * k_steps(k) * kBlockBytes;
+}
 
 struct NibblePlace {
     int64_t byte;  // after the header

@@ -34,7 +34,7 @@ int start(const QexpRotation& r, void* stream) {
     const RotationArgs args{r, rows_in_block(r), log2_of(r.width / r.order)};
     const RotationPlan plan(args);
     const int64_t blocks = (r.rows + args.rows_per_block - 1) / args.rows_per_block;
-    const int threads = (plan.elements / kUnit + 31) / 32 * 32, bytes = plan.total;
+    const int threads = (plan.elements / kUnit + 31) / 32 * 32, bytes = plan.total(args);
     switch (r.x_type) {
         case QEXP_BF16:
             return simt::launch<RotationKernel<QEXP_BF16, quantize>>(blocks, 1, threads, bytes, stream, args);

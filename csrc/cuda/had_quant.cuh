@@ -17,11 +17,11 @@ struct RotationArgs {
     int rows_per_block, power;
 };
 
-// Where the parts of a block's shared memory start, in bytes; every part starts at a multiple of 16.
+// Where the parts of a block's shared memory start, in bytes; every part starts at a multiple of 16. Functions of the
+// parameters, not stored: the kernel has no register to keep an offset in.
 struct RotationPlan {
     int elements, slots, sum_slots, sign_words;  // slots: groups of the block's rows
     bool exchange, dense;
-    int maxima, sums, zeros, signs, raw, total;
 
     QEXP_BOTH explicit RotationPlan(const RotationArgs& p)
         : elements(p.rows_per_block * p.r.n),
@@ -29,15 +29,16 @@ struct RotationPlan {
           sum_slots(elements / p.r.sum_group),
           sign_words((p.r.order + 31) / 32),
           exchange(p.power > 5 || p.r.order > 1),
-          dense(p.r.order > 1) {
-        maxima = exchange ? elements * 4 : 0;  // behind the values
-        sums = maxima + rounded(slots * 4);
-        zeros = sums + rounded(sum_slots * 4);
-        signs = zeros + (dense ? 16 : 0);
-        raw = signs + (dense ? rounded(p.r.order * sign_words * 4) : 0);
-        total = raw + (dense ? elements * 2 : 0);
-    }
+          dense(p.r.order > 1) {}
     QEXP_BOTH static int rounded(int bytes) { return (bytes + 15) / 16 * 16; }
+    QEXP_BOTH int maxima() const { return exchange ? elements * 4 : 0; }  // behind the values
+    QEXP_BOTH int sums() const { return maxima() + rounded(slots * 4); }
+    QEXP_BOTH int zeros() const { return sums() + rounded(sum_slots * 4); }
+    QEXP_BOTH int signs() const { return zeros() + (dense ? 16 : 0); }
+    QEXP_BOTH int raw(const RotationArgs& p) const {
+        return signs() + (dense ? rounded(p.r.order * sign_words * 4) : 0);
+    }
+    QEXP_BOTH int total(const RotationArgs& p) const { return raw(p) + (dense ? elements * 2 : 0); }
 };
 
 template <int x_type, bool quantize>
@@ -57,8 +58,8 @@ struct RotationKernel {
             valid = static_cast<int>(left < p.rows_per_block ? left : p.rows_per_block) * p.r.n;
         }
         QEXP_DEVICE float* values() const { return reinterpret_cast<float*>(shared); }
-        QEXP_DEVICE uint32_t* maxima() const { return reinterpret_cast<uint32_t*>(shared + plan.maxima); }
-        QEXP_DEVICE int* sums() const { return reinterpret_cast<int*>(shared + plan.sums); }
+        QEXP_DEVICE uint32_t* maxima() const { return reinterpret_cast<uint32_t*>(shared + plan.maxima()); }
+        QEXP_DEVICE int* sums() const { return reinterpret_cast<int*>(shared + plan.sums()); }
     };
 
     static QEXP_DEVICE float widen(uint32_t bits) {
@@ -88,7 +89,7 @@ struct RotationKernel {
                 bits |= static_cast<uint32_t>(p.r.had_k[row * order + k] < 0) << (k - first);
             signs[i] = bits;
         }
-        if (simt::thread() < 4) reinterpret_cast<uint32_t*>(block.shared + block.plan.zeros)[simt::thread()] = 0;
+        if (simt::thread() < 4) reinterpret_cast<uint32_t*>(block.shared + block.plan.zeros())[simt::thread()] = 0;
         simt::copy_wait<0>();
         simt::sync();
     }
@@ -120,7 +121,8 @@ struct RotationKernel {
                 for (int pair = 0; pair < 2; ++pair) {
                     const int strip = strip0 + 2 * pair + lane / 16;
                     const int chunk = raw_chunk(p, start / 8 + k * strips + strip);
-                    const char* from = k < order && strip < strips ? raw + chunk * 16 : block.shared + block.plan.zeros;
+                    const char* from =
+                        k < order && strip < strips ? raw + chunk * 16 : block.shared + block.plan.zeros();
                     uint32_t b[4];
                     simt::load_matrices_transposed(b, from);
                     for (int side = 0; side < 2; ++side) {
@@ -142,8 +144,8 @@ struct RotationKernel {
     }
 
     static QEXP_DEVICE void dense(const Args& p, const Block& block, int thread_count) {
-        char* raw = block.shared + block.plan.raw;
-        uint32_t* signs = reinterpret_cast<uint32_t*>(block.shared + block.plan.signs);
+        char* raw = block.shared + block.plan.raw(p);
+        uint32_t* signs = reinterpret_cast<uint32_t*>(block.shared + block.plan.signs());
         load_raw(p, block, raw, signs, thread_count);
         const int across = p.power > 5 ? 1 << (p.power - 5) : 1, matrices = block.plan.elements / p.r.width;
         QEXP_NO_UNROLL

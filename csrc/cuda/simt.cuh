@@ -202,7 +202,7 @@ int launch(int64_t grid_x, int64_t grid_y, int threads, int shared_bytes, void* 
         if (error != cudaSuccess) return static_cast<int>(error);
     }
     const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
-    entry<Kernel><<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(args);
+    entry<Kernel><<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
     return static_cast<int>(cudaGetLastError());
 }
 
