@@ -1,10 +1,10 @@
 #include "gram.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "dispatch.h"
+#include "float16.h"
 
 namespace qexp {
 namespace {
@@ -25,12 +25,7 @@ GramTile tile_kernel() {
 
 float value_of(float x) { return x; }
 
-float value_of(uint16_t bf16) {
-    const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
+float value_of(uint16_t bf16) { return bf16_to_float(bf16); }
 
 // Panels begin..end of `tokens` rows of x, with zeros behind the last column.
 template <typename Element>

@@ -23,10 +23,9 @@ def gram(X_TI: Tensor) -> Tensor:
     Shapes: X [T, I] -> [I, I], symmetric to the bit where compiled. Dtypes: float32 and 16-bit X give float32 sums,
     float64 X gives float64. No derivative.
     """
-    if X_TI.dtype == torch.float64:
-        return X_TI.T @ X_TI
-    if X_TI.is_cuda:
-        return X_TI.float().T @ X_TI.float()
+    if X_TI.is_cuda or X_TI.dtype == torch.float64:
+        wide = X_TI if X_TI.dtype == torch.float64 else X_TI.float()
+        return wide.T @ wide
     H_II: Tensor = torch.ops.qexp.gram(X_TI.float() if X_TI.dtype == torch.float16 else X_TI)
     return H_II
 
