@@ -10,18 +10,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 16;  // tens of microseconds of one core
 
-const CodesKernels& kernels() {
-    switch (isa()) {
-        case Isa::avx512vnni:
-        case Isa::avx512bw:
-            return codes_avx512bw;
-        case Isa::avxvnni:
-        case Isa::avx2:
-            return codes_avx2;
-        default:
-            return codes_scalar;
-    }
-}
+const CodesKernels& kernels() { return by_width(codes_scalar, codes_avx2, codes_avx512bw); }
 
 template <typename Task>
 void run(const Task& task, void (*worker)(const Task&, int64_t, int64_t), ParallelFor loop) {

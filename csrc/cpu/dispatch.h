@@ -14,6 +14,22 @@ Isa isa();
 const char* isa_name(Isa tier);
 bool isa_supported(Isa tier);
 
+// The kernel for isa() among those of an op whose byte dot product plays no part: the width of the vectors decides.
+template <typename Kernel>
+const Kernel& by_width(const Kernel& scalar, const Kernel& avx2, const Kernel& avx512bw) {
+    switch (isa()) {
+        case Isa::avx512vnni:
+        case Isa::avx512bw:
+            return avx512bw;
+        case Isa::avxvnni:
+        case Isa::avx2:
+            return avx2;
+        case Isa::scalar:
+            break;
+    }
+    return scalar;
+}
+
 // For tests: from now on isa() answers `name`; nullptr goes back to the environment. Throws as isa() does.
 // Not meant to be called while kernels run in other threads.
 void force_isa(const char* name);

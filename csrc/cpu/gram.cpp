@@ -9,19 +9,7 @@
 namespace qexp {
 namespace {
 
-GramTile tile_kernel() {
-    switch (isa()) {
-        case Isa::avx512vnni:
-        case Isa::avx512bw:
-            return gram_tile_avx512bw;
-        case Isa::avxvnni:
-        case Isa::avx2:
-            return gram_tile_avx2;
-        case Isa::scalar:
-            break;
-    }
-    return gram_tile_scalar;
-}
+GramTile tile_kernel() { return by_width<GramTile>(gram_tile_scalar, gram_tile_avx2, gram_tile_avx512bw); }
 
 float value_of(float x) { return x; }
 

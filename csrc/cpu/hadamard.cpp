@@ -12,18 +12,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 16;  // about 20 us of one core
 
-const HadamardKernels& kernels() {
-    switch (isa()) {
-        case Isa::avx512vnni:
-        case Isa::avx512bw:
-            return hadamard_avx512bw;
-        case Isa::avxvnni:
-        case Isa::avx2:
-            return hadamard_avx2;
-        default:
-            return hadamard_scalar;
-    }
-}
+const HadamardKernels& kernels() { return by_width(hadamard_scalar, hadamard_avx2, hadamard_avx512bw); }
 
 struct Free {
     void operator()(float* memory) const { std::free(memory); }
