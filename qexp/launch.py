@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qexp.core.errors import UserError, choose
+from qexp.core.memory import keep_freed_memory
 from qexp.core.stages import Method
 from qexp.data.calibration import Calibration
 from qexp.engine.context import Run, WarningCollector, cache_folder
@@ -30,7 +31,7 @@ from qexp.tracking.wandb import Tracker
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the engine: raised when its numbers change
+VERSION = 2  # of the engine: raised when its numbers change
 PACKAGES = ("qexp", "torch", "transformers", "datasets", "lm-eval", "safetensors", "wandb", "hydra-core")
 
 
@@ -61,6 +62,7 @@ class Setup:
 
 def begin(setup: Setup) -> Run:
     """Return the run with its fingerprint and folder; a folder of the same run is continued (or emptied)."""
+    keep_freed_memory()
     device = _device(setup.device)
     model = setup.model.identity()
     parts = {

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 16;  // tens of microseconds of one core
 
-const CodesKernels& kernels() { return by_width(codes_scalar, codes_avx2, codes_avx512bw); }
+const CodesKernels& kernels() { return QEXP_BY_WIDTH(codes); }
 
 template <typename Task>
 void run(const Task& task, void (*worker)(const Task&, int64_t, int64_t), ParallelFor loop) {

@@ -30,6 +30,13 @@ const Kernel& by_width(const Kernel& scalar, const Kernel& avx2, const Kernel& a
     return scalar;
 }
 
+// The same for kernels that differ by this ending; away from x86 only the portable one is compiled.
+#if defined(__x86_64__)
+#define QEXP_BY_WIDTH(kernel) by_width(kernel##_scalar, kernel##_avx2, kernel##_avx512bw)
+#else
+#define QEXP_BY_WIDTH(kernel) kernel##_scalar
+#endif
+
 // For tests: from now on isa() answers `name`; nullptr goes back to the environment. Throws as isa() does.
 // Not meant to be called while kernels run in other threads.
 void force_isa(const char* name);

@@ -3,11 +3,11 @@
 
 namespace qexp {
 
-void gram_tile_scalar(const float* a, const float* b, int64_t tokens, float* tile) {
+void gram_tile_scalar(const float* a, const float* b, int64_t steps, float* tile) {
     for (int64_t row = 0; row < kGramTile; ++row) {
         float sum[kGramTile] = {};
-        for (int64_t t = 0; t < tokens; ++t) {
-            for (int64_t c = 0; c < kGramTile; ++c) sum[c] += a[t * kGramTile + row] * b[t * kGramTile + c];
+        for (int64_t s = 0; s < steps; ++s) {
+            for (int64_t c = 0; c < kGramTile; ++c) sum[c] += a[s * kGramTile + row] * b[s * kGramTile + c];
         }
         for (int64_t c = 0; c < kGramTile; ++c) tile[row * kGramTile + c] += sum[c];
     }

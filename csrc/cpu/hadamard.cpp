@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 16;  // about 20 us of one core
 
-const HadamardKernels& kernels() { return by_width(hadamard_scalar, hadamard_avx2, hadamard_avx512bw); }
+const HadamardKernels& kernels() { return QEXP_BY_WIDTH(hadamard); }
 
 struct Free {
     void operator()(float* memory) const { std::free(memory); }

@@ -11,7 +11,7 @@ constexpr int64_t kRows = 128;  // of a task at a time: 32 columns of targets an
 
 using Rows = void (*)(const Sweep& sweep, int64_t begin, int64_t end);
 
-Rows rows_kernel() { return by_width<Rows>(sweep_scalar, sweep_avx2, sweep_avx512bw); }
+Rows rows_kernel() { return QEXP_BY_WIDTH(sweep); }
 
 }  // namespace
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qexp.core.errors import UserError
 from qexp.core.words import Group, Stats
 from qexp.engine.streams import Kwargs, StopForward, Stream, answers
-from qexp.kernels.gram import gram
+from qexp.kernels.gram import add_gram, mirrored
 from qexp.models.view import ModelView
 
 
@@ -32,7 +32,7 @@ class _Sums:
         flat = x.flatten(0, -2)
         size = flat.abs().float()
         self.tokens += len(flat)
-        self.H += gram(flat)
+        add_gram(self.H, flat)
         self.absmax = torch.maximum(self.absmax, size.amax(0))
         self.total += size.sum(0)
         if self.last:
@@ -47,7 +47,9 @@ class _Sums:
                 "finite activations",
                 "another calibration, or model.dtype=float32",
             )
-        return Stats(self.tokens, (self.H / self.tokens).float(), self.absmax, (self.total / self.tokens).float())
+        return Stats(
+            self.tokens, (mirrored(self.H) / self.tokens).float(), self.absmax, (self.total / self.tokens).float()
+        )
 
 
 @torch.no_grad()

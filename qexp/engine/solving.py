@@ -16,7 +16,7 @@ from qexp.core.linear import QuantLinear
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
-from qexp.kernels.gram import gram
+from qexp.kernels.gram import add_gram
 from qexp.models.view import ModelView
 
 Grids = dict[str, Grid]
@@ -79,4 +79,7 @@ def _installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, st
 
 def _quadratic(D: Tensor, H: Tensor) -> float:
     """Return tr(D H Dᵀ) = tr(DᵀD H): the squared output error over the calibration tokens, per token."""
-    return float((gram(D) * H.to(D)).sum())
+    G = torch.zeros(H.shape, dtype=torch.float64, device=H.device)
+    add_gram(G, D)
+    products = G.mul_(H)  # zeros below the diagonal
+    return float(2 * products.sum() - products.diagonal().sum())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Stream = list[Tensor]
 Kwargs = dict[str, Any]
-MICRO_TOKENS = 4096  # tokens per micro-batch: enough to fill a matrix product, little enough for a block's activations
+MICRO_TOKENS = 2048  # tokens per micro-batch: they fill a matrix product, and freed activations are used again
 
 
 class StopForward(Exception):

@@ -39,7 +39,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
     "quantize": {
         "fake_quantize": "(Tensor x, int bits, int group, bool symmetric, bool widen, float clip) -> Tensor",
     },
-    "gram": {"gram": "(Tensor x) -> Tensor"},
+    "gram": {"gram_": "(Tensor(a!) sum, Tensor x) -> ()"},
     "sweep": {
         "sweep_columns": (
             "(Tensor(a!) target, Tensor(b!) error, Tensor mix, Tensor scale, Tensor zero, int top) -> Tensor"

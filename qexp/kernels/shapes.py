@@ -24,11 +24,14 @@ def hadamard(x: Tensor, block: int, scale: float, had_k: Tensor | None) -> Tenso
     return x.new_empty(x.shape)
 
 
-def gram(x: Tensor) -> Tensor:
-    """Return the second moment, float32 [I, I]."""
+def gram_(sum: Tensor, x: Tensor) -> None:
+    """Check what is summed, and into what."""
     if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16):
         raise RuntimeError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected float32 or bfloat16 [T, I]")
-    return x.new_empty((x.shape[1], x.shape[1]), dtype=torch.float32)
+    columns = x.shape[1]
+    if sum.dtype != torch.float64 or sum.shape != (columns, columns) or not sum.is_contiguous():
+        got = f"{sum.dtype} of shape {tuple(sum.shape)}, strides {sum.stride()}"
+        raise RuntimeError(f"sum: got {got}, expected float64 [{columns}, {columns}], contiguous")
 
 
 def sweep_columns(target: Tensor, error: Tensor, mix: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:

@@ -64,8 +64,8 @@ def test_the_better_sentence_wins(pair_file, word, expected):
 
 
 def test_grammar_runs_to_the_limit_and_leaves_tokenizer_and_random_state_alone():
-    tokenizer, state = word_tokenizer(), torch.get_rng_state()
-    found = accuracies(uniform(), tokenizer, plan([GRAMMAR], limit=8))
+    model, tokenizer, state = uniform(), word_tokenizer(), torch.get_rng_state()
+    found = accuracies(model, tokenizer, plan([GRAMMAR], limit=8))
     assert found[f"accuracy/{GRAMMAR}"] == 0.5
     assert found[f"accuracy/{GRAMMAR}/stderr"] == pytest.approx((0.25 / 7) ** 0.5)
     assert tokenizer.pad_token is None

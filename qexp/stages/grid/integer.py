@@ -98,7 +98,7 @@ class Integer:
         levels, scale, zero = self._grouped(codes.to(params["scale"].dtype), params)
         return levels.sub_(zero).mul_(scale).reshape(codes.shape)
 
-    def sweep(self, T_JO: Tensor, E_JO: Tensor, M_JJ: Tensor, params: Sequence[Params]) -> Tensor:
+    def sweep(self, T_JO: Tensor, E_JO: Tensor, M_JJ: Tensor, params: Params) -> Tensor:
         """Round columns in turn, errors fed forward: see ``kernels.sweep``."""
         return sweep(T_JO, E_JO, M_JJ, params, self.bits)
 

@@ -35,36 +35,37 @@ def damped(H_II: Tensor, fraction: float) -> Tensor:
     return H_II
 
 
-def upper_factor(H_II: Tensor) -> Tensor | None:
-    """Return R upper triangular with H = R Rᵀ (the Cholesky factor of the flipped matrix), or None."""
-    L_II, info = torch.linalg.cholesky_ex(H_II.flip(0, 1))
-    return None if int(info) else L_II.flip(0, 1)
+def unit_factor(H_II: Tensor, order: Tensor, damp_fraction: float, dim: int) -> Tensor | None:
+    """Return M, unit upper triangular in ``dim`` x ``dim`` blocks, with H[order, order] + damping = M D Mᵀ.
 
-
-def unit_factor(H_II: Tensor, damp_fraction: float, dim: int) -> Tensor | None:
-    """Return M float64, unit upper triangular in ``dim`` x ``dim`` blocks, with H + damping = M D Mᵀ.
-
-    Damping is raised, with a warning, until the factorisation succeeds; None if it never does.
-    Raises: NumericalError if H is not finite.
+    Float64 inside, H's dtype outside. Damping is raised, with a warning, until the factorisation succeeds; None if it
+    never does. Raises: NumericalError if H is not finite.
     """
-    if not H_II.isfinite().all():
+    if not torch.stack(H_II.aminmax()).isfinite().all():
         raise NumericalError("the Hessian has elements that are not finite")
-    fraction = damp_fraction
+    last_first = order.flip(0)
+    H_II, fraction = H_II.index_select(0, last_first).index_select(1, last_first), damp_fraction
     for _ in range(DAMP_TRIES):
-        R_II = upper_factor(damped(H_II, fraction))
-        if R_II is not None:
-            return _unit(R_II, dim)
+        L_II = _lower_factor(damped(H_II, fraction))
+        if L_II is not None:
+            return _unit(L_II, dim).to(H_II.dtype).flip(0, 1)
         fraction = max(2 * fraction, DAMP_STEP)
         log.warning("GPTQ: the Hessian is not positive definite: damping raised to %g", fraction)
     return None
 
 
-def _unit(R_II: Tensor, dim: int) -> Tensor:
-    """Return R times the inverse of its diagonal blocks."""
+def _lower_factor(H_II: Tensor) -> Tensor | None:
+    """Return L lower triangular with H = L Lᵀ, or None. LAPACK's columns are our rows, so it is asked for U = Lᵀ."""
+    U_II, info = torch.linalg.cholesky_ex(H_II.mT, upper=True)
+    return None if int(info) else U_II.mT
+
+
+def _unit(L_II: Tensor, dim: int) -> Tensor:
+    """Return L times the inverse of its diagonal blocks."""
     if dim == 1:
-        return R_II / R_II.diagonal()
-    blocks = len(R_II) // dim
-    R_BDD = R_II.view(blocks, dim, blocks, dim).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    R_BID = R_II.view(-1, blocks, dim).transpose(0, 1)
-    M_BID: Tensor = torch.linalg.solve_triangular(R_BDD, R_BID, upper=True, left=False)
-    return M_BID.transpose(0, 1).reshape(R_II.shape)
+        return L_II / L_II.diagonal()
+    blocks = len(L_II) // dim
+    L_BDD = L_II.view(blocks, dim, blocks, dim).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    L_BID = L_II.view(-1, blocks, dim).transpose(0, 1)
+    M_BID: Tensor = torch.linalg.solve_triangular(L_BDD, L_BID, upper=False, left=False)
+    return M_BID.transpose(0, 1).reshape(L_II.shape)

@@ -5,7 +5,6 @@ Source: methods/gptq.md section 3. A grid that can round neighbouring columns by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -22,8 +21,11 @@ NEIGHBOURS = 32  # columns that a grid may round by itself: their targets and er
 class SweepsColumns(Protocol):
     """A grid that rounds neighbouring columns faster than one encode and one decode for each of them."""
 
-    def sweep(self, T_JO: Tensor, E_JO: Tensor, M_JJ: Tensor, params: Sequence[Params]) -> Tensor:
-        """Return codes [J, O] of columns rounded in turn; T gathers errors, E becomes weight - rounded, in place."""
+    def sweep(self, T_JO: Tensor, E_JO: Tensor, M_JJ: Tensor, params: Params) -> Tensor:
+        """Return codes [J, O] of columns rounded in turn; T gathers errors, E becomes weight - rounded, in place.
+
+        ``params`` are [J, O]: those of each column and row.
+        """
         ...
 
 
@@ -32,7 +34,8 @@ class Sweep:
     """The buffers of one sweep, transposed so that a column of the weight is contiguous.
 
     ``T_IO`` holds the targets, ``E_IO`` the original weights until a column is rounded and its error w - q
-    afterwards, ``codes`` [I/D, O] the result, ``params`` the grid of each column, all in the order of the sweep.
+    afterwards, ``codes`` [I/D, O] the result, ``params`` [I, O, ...] the grid of each column, all in the order of the
+    sweep.
     """
 
     T_IO: Tensor
@@ -40,24 +43,32 @@ class Sweep:
     M_II: Tensor
     codes: Tensor
     grid: Grid
-    params: list[Params]
+    params: Params
 
     @classmethod
-    def start(cls, W_OI: Tensor, M_II: Tensor, grid: Grid) -> Sweep:
-        """Return the state before the first column."""
-        T_IO = W_OI.T.contiguous()
+    def start(cls, W_OI: Tensor, order: Tensor, M_II: Tensor, grid: Grid) -> Sweep:
+        """Return the state before the first column; ``order`` tells which columns of W come first."""
+        T_IO = W_OI.T.contiguous()[order]
         codes = torch.empty(len(T_IO) // grid.dim, len(W_OI), dtype=torch.uint8, device=W_OI.device)
-        return cls(T_IO, T_IO.clone(), M_II, codes, grid, [])
+        return cls(T_IO, T_IO.clone(), M_II, codes, grid, {})
+
+    def use(self, params: Params, order: Tensor) -> None:
+        """Take the grids of all groups, [O, I/G, ...]: each column gets those of its group."""
+        group_of = order // self.grid.group if self.grid.group > 0 else torch.zeros_like(order)
+        self.params = {name: p.transpose(0, 1)[group_of].contiguous() for name, p in params.items()}
 
     def round_fitting(self, H_II: Tensor) -> Params:
         """Round all columns, fitting each group when it is reached; return the parameters of all groups."""
         width = self.grid.group
         for lo in range(0, len(self.T_IO), width):
-            params = self.grid.fit(self._corrected(lo, lo + width), H_II[lo : lo + width, lo : lo + width])
-            self.params += [params] * width
-            self.round(lo, lo + width)
-            self._push(lo, lo + width, len(self.T_IO))
-        return {name: torch.cat([p[name] for p in self.params[::width]], dim=1) for name in self.params[0]}
+            hi = lo + width
+            for name, p in self.grid.fit(self._corrected(lo, hi), H_II[lo:hi, lo:hi]).items():
+                if name not in self.params:
+                    self.params[name] = p.new_empty(len(self.T_IO), len(p), *p.shape[2:])
+                self.params[name][lo:hi] = p.transpose(0, 1)
+            self.round(lo, hi)
+            self._push(lo, hi, len(self.T_IO))
+        return {name: p[::width].transpose(0, 1).contiguous() for name, p in self.params.items()}
 
     def round(self, lo: int, hi: int) -> None:
         """Round columns lo .. hi: the left half, its errors into the right half, the right half.
@@ -67,7 +78,8 @@ class Sweep:
         dim, grid = self.grid.dim, self.grid
         if isinstance(grid, SweepsColumns) and hi - lo <= NEIGHBOURS and self.T_IO.dtype == torch.float32:
             part = slice(lo, hi)
-            self.codes[part] = grid.sweep(self.T_IO[part], self.E_IO[part], self.M_II[part, part], self.params[part])
+            params = {name: p[part] for name, p in self.params.items()}
+            self.codes[part] = grid.sweep(self.T_IO[part], self.E_IO[part], self.M_II[part, part], params)
             return
         if hi - lo > dim:
             mid = lo + (hi - lo) // dim // 2 * dim
@@ -75,7 +87,7 @@ class Sweep:
             self._push(lo, mid, hi)
             self.round(mid, hi)
             return
-        params = self.params[lo]
+        params = {name: p[lo, :, None] for name, p in self.params.items()}
         codes = grid.encode(self.T_IO[lo:hi].T, params)
         self.codes[lo // dim] = codes[:, 0]
         self.E_IO[lo:hi] -= grid.decode(codes, params).T
@@ -93,11 +105,3 @@ class Sweep:
     def _push(self, lo: int, mid: int, hi: int) -> None:
         """Add the errors of columns lo .. mid to the targets of columns mid .. hi."""
         self.T_IO[mid:hi].addmm_(self.M_II[lo:mid, mid:hi].T, self.E_IO[lo:mid])
-
-
-def by_column(params: Params, order: Tensor, grid: Grid) -> list[Params]:
-    """Return for each position in the sweep the parameters [O, 1, ...] of that column's group."""
-    groups = next(iter(params.values())).shape[1]
-    local = [{name: p[:, g : g + 1].contiguous() for name, p in params.items()} for g in range(groups)]
-    group_of = order // grid.group if grid.group > 0 else torch.zeros_like(order)
-    return [local[g] for g in group_of.tolist()]

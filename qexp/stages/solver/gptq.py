@@ -24,7 +24,7 @@ from qexp.core.errors import UserError
 from qexp.core.stages import Grid
 from qexp.core.words import Quantized, Stats
 from qexp.stages.solver._shared import column_order, unit_factor
-from qexp.stages.solver._shared_sweep import Sweep, by_column
+from qexp.stages.solver._shared_sweep import Sweep
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +62,17 @@ class Gptq:
         dead = stats.H_II.diagonal() == 0
         W_OI = W_OI.masked_fill(dead, 0)  # no effect on calibration data, so it should not widen a range
         order = column_order(stats.H_II, grid.dim) if self.act_order else torch.arange(len(dead), device=dead.device)
-        M_II = unit_factor(stats.H_II[order[:, None], order], self.damp_fraction, grid.dim)
+        M_II = unit_factor(stats.H_II, order, self.damp_fraction, grid.dim)
         if M_II is None:
             log.warning("GPTQ: the Hessian is not positive definite at any damping: rounded to nearest")
             params = grid.fit(W_OI, stats.H_II)
             return Quantized(grid.encode(W_OI, params), params)
-        sweep = Sweep.start(W_OI[:, order], M_II.to(W_OI.dtype), grid)
+        sweep = Sweep.start(W_OI, order, M_II.to(W_OI.dtype), grid)
         if grid.group > 0 and not self.static_groups:
             params = sweep.round_fitting(stats.H_II)  # columns are in their own order: __post_init__
         else:
             params = grid.fit(W_OI, stats.H_II)
-            sweep.params = by_column(params, order, grid)
+            sweep.use(params, order)
             sweep.round(0, len(order))
         codes = torch.empty_like(sweep.codes)
         codes[order[:: grid.dim] // grid.dim] = sweep.codes
