@@ -38,6 +38,8 @@ def embed(view: ModelView, tokens: Tensor) -> tuple[Stream, list[Kwargs]]:
         def hook(_module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
             assert len(args) <= 1, "a model that passes more than the hidden states by position"
             kwargs[index] = {k: v for k, v in given.items() if k != "hidden_states"}
+            if index + 1 == len(kwargs):
+                raise StopForward
 
         return hook
 
@@ -45,13 +47,16 @@ def embed(view: ModelView, tokens: Tensor) -> tuple[Stream, list[Kwargs]]:
         stream.append((args[0] if args else given["hidden_states"]).cpu())
         raise StopForward
 
+    def forward(batch: Tensor) -> None:
+        with contextlib.suppress(StopForward):
+            view.model(batch.to(view.model.device), use_cache=False)
+
     handles = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(view.blocks)]
     try:
-        view.model(tokens[:1].to(view.model.device), use_cache=False)
-        handles.append(view.blocks[0].register_forward_pre_hook(take, with_kwargs=True))
+        forward(tokens[:1])
+        handles.append(view.blocks[0].register_forward_pre_hook(take, with_kwargs=True, prepend=True))
         for batch in tokens.split(max(1, MICRO_TOKENS // tokens.shape[1])):
-            with contextlib.suppress(StopForward):
-                view.model(batch.to(view.model.device), use_cache=False)
+            forward(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -63,7 +63,7 @@ def _lower_factor(H_II: Tensor) -> Tensor | None:
 def _unit(L_II: Tensor, dim: int) -> Tensor:
     """Return L times the inverse of its diagonal blocks."""
     if dim == 1:
-        return L_II / L_II.diagonal()
+        return L_II.div_(L_II.diagonal().clone())
     blocks = len(L_II) // dim
     L_BDD = L_II.view(blocks, dim, blocks, dim).diagonal(dim1=0, dim2=2).movedim(-1, 0)
     L_BID = L_II.view(-1, blocks, dim).transpose(0, 1)
