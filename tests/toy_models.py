@@ -40,7 +40,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"model_type": "opt", "ffn_dim": 40, "num_attention_heads": 4, "word_embed_proj_dim": 24, "dropout": 0.0},
 }  # fmt: skip
 POST_NORMS = ("gemma2", "gemma3")  # no rotation can be folded into their residual stream
-UNKNOWN = {"model_type": "gpt_neox", "num_attention_heads": 4, "hidden_dropout": 0.0}
+UNKNOWN: dict[str, dict[str, Any]] = {  # architectures that have the generic view only
+    "unknown": {"model_type": "gpt_neox", "num_attention_heads": 4, "hidden_dropout": 0.0},
+    "phi3": {"model_type": "phi3", "resid_pdrop": 0.0, **HEADS},  # o is registered in front of qkv
+    "bloom": {"model_type": "bloom", "num_attention_heads": 4, "hidden_dropout": 0.0},  # alibi [B * heads, 1, S]
+}
 COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
     "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
@@ -48,8 +52,8 @@ COMMON = {
 
 
 def toy(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **keys: Any) -> PreTrainedModel:
-    """Return a random model of a family (or ``unknown``) in eval mode; ``keys`` override its config."""
-    config = AutoConfig.for_model(**{**COMMON, **(UNKNOWN if name == "unknown" else FAMILIES[name]), **keys})
+    """Return a random model of a family (or of ``UNKNOWN``) in eval mode; ``keys`` override its config."""
+    config = AutoConfig.for_model(**{**COMMON, **(FAMILIES | UNKNOWN)[name], **keys})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
     for path, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-// gram.h without vector instructions: what every machine can run, and the order of sums the other tiers follow.
+// gram.h without vector instructions: what every machine can run.
 #include "gram.h"
 
 namespace qexp {

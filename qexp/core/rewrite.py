@@ -95,14 +95,15 @@ def _or(value: float, products: Tensor) -> Tensor:
 def reader_weight(module: Any, map: LinearMap, folded: bool) -> Tensor:
     """Return the reader weight float64 [O, I] after the dual of ``map``; a folded map acts before the online ones."""
     online: list[LinearMap] = module.path.maps if isinstance(module, QuantLinear) and folded else []
-    W = _undo(module.weight.double(), online)
+    W = undo(module.weight.double(), online)
     W = map.dual(W)
     for step in online:
         W = step.dual(W)
     return W
 
 
-def _undo(W: Tensor, online: list[LinearMap]) -> Tensor:
+def undo(W: Tensor, online: list[LinearMap]) -> Tensor:
+    """Return a reader's weight [O, I] as it would be without the ``online`` maps in front of it."""
     for step in reversed(online):
         W = step.undual(W)
     return W
@@ -112,7 +113,7 @@ def _read(module: Any, change: Insert, folded: bool) -> None:
     """Give the reader the dual of the map and the bias that undoes the shift."""
     if change.shift is not None:
         online = module.path.maps if isinstance(module, QuantLinear) and folded else []
-        W = _undo(module.weight.double(), online)
+        W = undo(module.weight.double(), online)
         _add_bias(module, -(W @ change.shift.to(W)))
     module.weight.copy_(reader_weight(module, change.map, folded))
 

@@ -1,7 +1,7 @@
 """The nouns every stage shares.
 
 Letters in shapes, few and the same everywhere: O outputs, I inputs, J a slice of inputs, G groups,
-D codes per column step, T tokens, B batch, S sequence, C hidden, A heads, E head size.
+D columns per code, T tokens, B batch, S sequence, C hidden, A heads, E head size.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -
     if not plan.grids and not method.stage("block"):
         return []  # 16 bits everywhere: nothing to walk for
     x, kwargs = embed(view, tokens)
-    y, reports = x, []
+    y, reports = x if method.inputs == "float" else [], []
     for block in run.progress("quantize blocks", range(len(view.blocks))):
         more = block + 1 < len(view.blocks)  # nothing reads what the last block answers
         float_out = advance(view, block, y, kwargs[block]) if more and method.inputs == "float" else y
@@ -45,7 +45,7 @@ def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -
         install(view, block, finished, plan.grids)
         if method.quantize_stream:
             activate(view, [block], method)
-            view.replays.clear()  # they answered for inputs that are quantized only now
+            view.replays.clear()  # what they keep was computed before the quantizers were on
         if more:
             x, y = advance(view, block, x, kwargs[block]), float_out
         view.replays.clear()

@@ -1,7 +1,7 @@
 """Statistics of the inputs of a block's layers over a stream: one ``Stats`` per input group.
 
-On the device; products in float32 (TF32 off), sums across micro-batches in float64. A forward is cut short as soon as
-the groups asked for have been seen.
+On the device; products in float32 (TF32 off), sums of some hundred tokens each in float64. A forward is cut short
+as soon as the groups asked for have been seen, where their order is known.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ class _Sums:
         self.total = torch.zeros(size, dtype=torch.float64, device=device)
 
     def __call__(self, x: Tensor) -> None:
+        """Add the rows of x [..., I]."""
         flat = x.flatten(0, -2)
-        size = flat.abs().float()
+        magnitude = flat.abs().float()
         self.tokens += len(flat)
         add_gram(self.H, flat)
-        self.absmax = torch.maximum(self.absmax, size.amax(0))
-        self.total += size.sum(0)
+        self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+        self.total += magnitude.sum(0)
         if self.last:
             raise StopForward
 
@@ -60,7 +61,8 @@ def observe(
 
     Groups whose site is in ``raw`` are seen in front of their online maps, the others behind them.
     """
-    sums = {group.site: _Sums(group, group is groups[-1], view.model.device) for group in groups}
+    last = groups[-1] if view.family else None  # of an unknown architecture any layer may come last
+    sums = {group.site: _Sums(group, group is last, view.model.device) for group in groups}
     first = {group.site: view.linear(group.layers[0].name) for group in groups}
     handles = [first[site].register_forward_pre_hook(_input_to(sums[site])) for site in sums if site in raw]
     try:

@@ -40,7 +40,7 @@ class Run:
 
 
 class WarningCollector(logging.Handler):
-    """Append warnings to a list, each text once with its count kept by the caller's log."""
+    """Append the text of warnings to a list."""
 
     def __init__(self, target: list[str]) -> None:
         super().__init__(level=logging.WARNING)

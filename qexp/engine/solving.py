@@ -78,7 +78,7 @@ def _installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, st
 
 
 def _quadratic(D: Tensor, H: Tensor) -> float:
-    """Return tr(D H Dᵀ) = tr(DᵀD H): the squared output error over the calibration tokens, per token."""
+    """Return tr(D H Dᵀ) = tr(DᵀD H) for D [O, I]: the squared output error per calibration token."""
     G = torch.zeros(H.shape, dtype=torch.float64, device=H.device)
     add_gram(G, D)
     products = G.mul_(H)  # zeros below the diagonal

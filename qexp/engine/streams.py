@@ -2,7 +2,8 @@
 
 A stream is the list of a block's inputs, one tensor [B, S, C] per micro-batch, on the host. Each block gets the
 keyword arguments (mask, rotary tables, ...) that the model itself gives it, recorded once on one sequence: they
-broadcast over the batch because all sequences have the same length and no padding.
+broadcast over the batch because all sequences have the same length and no padding. Where they do not (Bloom's alibi has
+an entry for each sequence and head), a micro-batch is one sequence.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def embed(view: ModelView, tokens: Tensor) -> tuple[Stream, list[Kwargs]]:
         return hook
 
     def take(_module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
-        stream.append((args[0] if args else given["hidden_states"]).cpu())
+        x = (args[0] if args else given["hidden_states"]).cpu()
+        stream.extend([x] if _broadcast(kwargs[0], given) else x.split(1))
         raise StopForward
 
     def forward(batch: Tensor) -> None:
@@ -63,6 +65,13 @@ def embed(view: ModelView, tokens: Tensor) -> tuple[Stream, list[Kwargs]]:
     return stream, kwargs
 
 
+def _broadcast(one: Kwargs, many: Kwargs) -> bool:
+    """Return whether the arguments of one sequence serve several, whose own are ``many``."""
+    pairs = [(one[name], many.get(name)) for name in one]
+    shapes = [(a.shape, b.shape) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim()]
+    return all(a == b or a[0] == 1 for a, b in shapes)
+
+
 @torch.no_grad()
 def advance(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Stream:
     """Return the outputs of one block, which are the inputs of the next."""
@@ -70,7 +79,7 @@ def advance(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Stre
 
 
 def answers(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Iterator[Tensor]:
-    """Yield the block's answer per micro-batch; stops silently where a hook raises StopForward."""
+    """Yield the block's answer per micro-batch; one that a hook cuts short by StopForward yields nothing."""
     device = view.model.device
     for batch, x in enumerate(stream):
         try:

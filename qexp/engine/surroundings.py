@@ -8,7 +8,7 @@ rounding) and activation quantizer are applied. Source of the choice of modules:
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qexp.core.linear import QuantLinear
 from qexp.core.maps import LinearMap
-from qexp.core.rewrite import reader_weight
+from qexp.core.rewrite import reader_weight, undo
 from qexp.core.stages import Grid
 from qexp.core.words import FULL_BITS, Group, Site, Stats
 from qexp.engine.solving import Plan
@@ -114,12 +114,17 @@ def calls(view: ModelView, group: Group, stream: Stream, kwargs: Kwargs) -> list
 
 
 def damage_oracle(
-    plan: Plan, group: Group, folded: bool, record: Callable[[], list[Call]]
+    plan: Plan, group: Group, folded: bool, record: Callable[[], list[Call]], stats: Stats | None = None
 ) -> Callable[[LinearMap], float]:
-    """Return the function candidate -> damage for one group; ``record`` (:func:`calls`) runs if it is ever asked."""
+    """Return the function candidate -> damage for one group; ``record`` (:func:`calls`) runs if it is ever asked.
+
+    Where the module is a linear and its input is not rounded, the ``stats`` of that input say it all: no forward.
+    """
     view, act = plan.view, plan.method.act
     module, layers = inspected(view, group), [view.linear(layer.name) for layer in group.layers]
     path, quantizer = layers[0].path, act.freeze(None) if act.bits < FULL_BITS else None
+    if stats is not None and layers == [module] and quantizer is None:
+        return partial(_linear_damage, layers[0], plan.grids.get(group.layers[0].name), folded, stats.H_II)
 
     recorded = cache(record)
 
@@ -136,15 +141,24 @@ def damage_oracle(
         for layer, W in zip(layers, rounded, strict=True):
             layer.weight = nn.Parameter(W, requires_grad=False)
         try:
-            errors = [(_tensor(module(*args, **given)) - answer).float().pow(2).mean() for args, given, answer in truth]
+            errors = [(_tensor(module(*args, **given)) - answer).float().pow(2).sum() for args, given, answer in truth]
         finally:
             for layer, weight in zip(layers, kept, strict=True):
                 layer.weight = weight
             path.maps.remove(candidate)
             path.act = None
-        return float(torch.stack(errors).mean())
+        return float(torch.stack(errors).sum()) / sum(answer.numel() for *_, answer in truth)
 
     return damage
+
+
+@torch.no_grad()
+def _linear_damage(layer: QuantLinear, grid: Grid | None, folded: bool, H_II: Tensor, candidate: LinearMap) -> float:
+    """Return tr(D H Dᵀ) / O: the mean of (D x)² for D, what rounding changes of the weight that the site's x meets."""
+    online = layer.path.maps if folded else []
+    rounded = _rounded(layer, candidate, folded, grid).double()
+    D_OI = (candidate.undual(undo(rounded, online)) - undo(layer.weight.double(), online)).to(H_II)
+    return float(((D_OI @ H_II) * D_OI).sum()) / len(D_OI)
 
 
 def _rounded(layer: QuantLinear, candidate: LinearMap, folded: bool, grid: Grid | None) -> Tensor:

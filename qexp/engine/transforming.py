@@ -51,7 +51,7 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> N
         for site in sites:
             group = behind[site.name]
             record = partial(calls, view, group, source, kwargs)
-            damage = damage_oracle(plan, group, "diagonal" in site.admits, record)
+            damage = damage_oracle(plan, group, "diagonal" in site.admits, record, known[group.site])
             around = SiteSurroundings(view, site, known[group.site], damage)
             change = transform.edit(site, around, generator(plan.seed, name, site.name))
             if change is not None:

@@ -2,7 +2,7 @@
 
 Sums over many tokens gather in float64, on and above the diagonal only (:func:`add_gram`), and are mirrored once at the
 end (:func:`mirrored`). The compiled kernel (csrc/cpu/gram.h) takes float32 and bfloat16 rows; products of bfloat16
-numbers are exact in float32, so no precision is lost on the way.
+numbers are exact in float32, but for subnormals, which count as zero where the machine multiplies them in pairs.
 
 Source: methods/gptq.md section 2 (the sum); own measurement in benchmarks/RESULTS.md.
 """
@@ -21,7 +21,8 @@ def add_gram(H_II: Tensor, X_TI: Tensor) -> None:
     """Add XᵀX to H on and above its diagonal, in place; below it H stays as it is.
 
     Shapes: H float64 [I, I], contiguous, X [T, I] of any float dtype. Products of 16- and 32-bit X are summed in
-    float32 over some hundred tokens, then in float64. No derivative. Raises: RuntimeError naming what does not fit.
+    float32 over 512 rows (1024 of bfloat16; all T by the reference), then in float64. No derivative.
+    Raises: RuntimeError naming what does not fit.
     """
     if X_TI.dtype == torch.float64:
         H_II += (X_TI.T @ X_TI).triu()

@@ -3,8 +3,8 @@
 Importing this file defines every operator with its reference, which runs on any device and needs no compiler. The first
 call of any of them builds and loads the compiled CPU library (``build.load``), which then takes over for CPU tensors;
 QEXP_KERNELS=reference keeps the references. The functions with documentation are in the modules beside this one:
-``int4``, ``matmul``, ``had_quant`` and ``kv_codes``, with the references as ``<op>_reference``; ``shapes`` holds the
-shape functions. Both are called with the operator's arguments in order.
+``int4``, ``matmul``, ``had_quant``, ``kv_codes``, ``quantize``, ``gram`` and ``sweep``, with the references as
+``<op>_reference``; ``shapes`` holds the shape functions. Both are called with the operator's arguments in order.
 
 Source: kernels.md section 7.
 """

@@ -1,12 +1,14 @@
 """A decoder as the engine sees it: blocks, layers by role, groups that share an input, and sites.
 
 The model stays a transformers model. A known family (``families.py``) has sites, where transforms insert maps;
-any other architecture gets the generic view: every linear of its blocks, each with an input of its own.
+any other architecture gets the generic view: every linear of its blocks, each with an input of its own, in the order
+in which a forward reaches them.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class ModelView:
         self.blocks: list[nn.Module] = list(model.get_submodule(self.prefix).children())
         self.has_door = attention.install(model)
         self.replays = Replays(model)
+        self._turns = {} if self.family else _forward_order(model)
         self._groups = [self._find_groups(i) for i in range(len(self.blocks))]
         self.layers = [layer for groups in self._groups for group in groups for layer in group.layers]
         if not self.layers:
@@ -93,10 +96,15 @@ class ModelView:
         return self._groups[block]
 
     def finish(self, group: Group) -> None:
-        """Let the layers of a solved group (with those of o, the whole attention) answer from memory from now on."""
+        """Let the layers of a solved group (with those of o, the whole attention) answer from memory from now on.
+
+        Not in the generic view: a layer that was found behind this one may yet feed it.
+        """
+        if self.family is None:
+            return
         block, kind = group.site.split(".", 1)
         names = [layer.name for layer in group.layers]
-        if self.family is not None and kind == "attn_out":
+        if kind == "attn_out":
             names = [self.path(int(block), self.family.attention)]
         for name in names:
             self.replays.finish(name)
@@ -104,7 +112,8 @@ class ModelView:
     def _find_groups(self, block: int) -> list[Group]:
         shapes = {n: m for n, m in self.blocks[block].named_modules() if isinstance(m, nn.Linear)}
         if self.family is None:
-            found = [(name, [(name.rsplit(".", 1)[-1], name)]) for name in shapes]
+            names = sorted(shapes, key=lambda name: self._turns.get(self.path(block, name), len(self._turns)))
+            found = [(name, [(name.rsplit(".", 1)[-1], name)]) for name in names]
         else:
             linears = self.family.linears
             found = [(site, [(r, linears[r]) for r in roles if r in linears]) for site, roles in READERS.items()]
@@ -198,6 +207,27 @@ class ModelView:
         """Return the bias [I] of the norm that writes ``site``, float64, or None."""
         writer = next((w for w in site.writers if w.kind in (NORM, OFFSET_NORM)), None)
         return None if writer is None else bias_of(self.model.get_submodule(writer.name))
+
+
+@torch.no_grad()
+def _forward_order(model: PreTrainedModel) -> dict[str, int]:
+    """Return the turn of each linear's first call in a forward over two tokens; experts it does not choose lack one."""
+    turns: dict[str, int] = {}
+
+    def takes_turn(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            turns.setdefault(name, len(turns))
+
+        return hook
+
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_pre_hook(takes_turn(name)) for name, module in linears]
+    try:
+        model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return turns
 
 
 def _largest_module_list(model: nn.Module) -> str:

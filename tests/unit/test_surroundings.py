@@ -14,6 +14,7 @@ from qexp.core import rewrite
 from qexp.core.hadamard import Hadamard
 from qexp.core.maps import Diagonal
 from qexp.core.words import Group, Insert
+from qexp.engine.capture import observe
 from qexp.engine.solving import Plan, plan_of
 from qexp.engine.streams import Kwargs, Stream
 from qexp.engine.surroundings import calls, damage_oracle, inspected
@@ -93,6 +94,18 @@ def rounding_error(plan: Plan, group: Group, stream: Stream, kwargs: Kwargs) -> 
         one.blocks[group.layers[0].block](stream[0], **kwargs)
         keep.remove()
     return float((outputs[1] - outputs[0]).pow(2).mean())
+
+
+@pytest.mark.parametrize("kind", ["attn_out", "mlp_mid"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+@pytest.mark.parametrize("folded", [True, False])
+def test_the_second_moment_of_a_linears_input_tells_the_same(family, kind, folded):
+    plan, stream, kwargs = setting(family, "fold_norm", "hadamard", w=3)
+    group = group_of(plan.view, kind)
+    candidate = Diagonal(torch.linspace(0.7, 1.6, group.layers[0].inputs).double())
+    stats = observe(plan.view, 1, [group], stream, kwargs, [group.site] if folded else [])[group.site]
+    known = damage_oracle(plan, group, folded, pytest.fail, stats)
+    assert known(candidate) == pytest.approx(oracle(plan, group, stream, kwargs, folded)(candidate), rel=1e-4)
 
 
 def test_the_module_behind_the_site_is_looked_at():

@@ -108,6 +108,15 @@ def test_an_unknown_architecture_gets_every_linear_by_itself():
         view.sites("attn_in")
 
 
+def test_an_unknown_architectures_layers_are_in_the_order_of_a_forward():
+    assert [layer.role for layer in view_of("phi3").layers if layer.block == 1] == [
+        "qkv_proj",
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
+    ]
+
+
 def test_tied_embeddings_are_untied_once(caplog):
     caplog.set_level(logging.INFO)
     view = view_of("llama_tied")

@@ -36,7 +36,7 @@ def damped(H_II: Tensor, fraction: float) -> Tensor:
 
 
 def unit_factor(H_II: Tensor, order: Tensor, damp_fraction: float, dim: int) -> Tensor | None:
-    """Return M, unit upper triangular in ``dim`` x ``dim`` blocks, with H[order, order] + damping = M D Mᵀ.
+    """Return M, unit upper triangular in ``dim`` x ``dim`` blocks, with H[order, order] + damping = M Δ Mᵀ.
 
     Float64 inside, H's dtype outside. Damping is raised, with a warning, until the factorisation succeeds; None if it
     never does. Raises: NumericalError if H is not finite.
@@ -50,18 +50,18 @@ def unit_factor(H_II: Tensor, order: Tensor, damp_fraction: float, dim: int) -> 
         if L_II is not None:
             return _unit(L_II, dim).to(H_II.dtype).flip(0, 1)
         fraction = max(2 * fraction, DAMP_STEP)
-        log.warning("GPTQ: the Hessian is not positive definite: damping raised to %g", fraction)
+        log.warning("the Hessian is not positive definite: damping %g is tried next", fraction)
     return None
 
 
 def _lower_factor(H_II: Tensor) -> Tensor | None:
-    """Return L lower triangular with H = L Lᵀ, or None. LAPACK's columns are our rows, so it is asked for U = Lᵀ."""
+    """Return L lower triangular with H = L Lᵀ, or None; LAPACK's U = Lᵀ by columns is L by rows, not copied."""
     U_II, info = torch.linalg.cholesky_ex(H_II.mT, upper=True)
     return None if int(info) else U_II.mT
 
 
 def _unit(L_II: Tensor, dim: int) -> Tensor:
-    """Return L times the inverse of its diagonal blocks."""
+    """Return L times the inverse of its diagonal blocks; L is spent."""
     if dim == 1:
         return L_II.div_(L_II.diagonal().clone())
     blocks = len(L_II) // dim

@@ -76,7 +76,8 @@ class Sweep:
         Updates as wide as the columns they serve move less memory than lazy blocks of 128, for the same sums.
         """
         dim, grid = self.grid.dim, self.grid
-        if isinstance(grid, SweepsColumns) and hi - lo <= NEIGHBOURS and self.T_IO.dtype == torch.float32:
+        few = hi - lo <= NEIGHBOURS and dim == 1 and self.T_IO.dtype == torch.float32
+        if few and isinstance(grid, SweepsColumns):
             part = slice(lo, hi)
             params = {name: p[part] for name, p in self.params.items()}
             self.codes[part] = grid.sweep(self.T_IO[part], self.E_IO[part], self.M_II[part, part], params)
@@ -95,7 +96,7 @@ class Sweep:
     def _corrected(self, lo: int, hi: int) -> Tensor:
         """Return the weights [O, hi - lo] corrected for all errors before ``lo``: the paper's current weights.
 
-        Targets lack what the columns of the range then owe each other: x = w + (t - w) M⁻¹ on the range.
+        Targets of the range lack the corrections its own columns will owe each other: x = w + (t - w) M⁻¹ has them.
         """
         M_JJ, w_JO = self.M_II[lo:hi, lo:hi], self.E_IO[lo:hi]
         moved_JO = self.T_IO[lo:hi] - w_JO

@@ -64,7 +64,7 @@ class Gptq:
         order = column_order(stats.H_II, grid.dim) if self.act_order else torch.arange(len(dead), device=dead.device)
         M_II = unit_factor(stats.H_II, order, self.damp_fraction, grid.dim)
         if M_II is None:
-            log.warning("GPTQ: the Hessian is not positive definite at any damping: rounded to nearest")
+            log.warning("GPTQ: the Hessian is not positive definite at any damping tried: rounded to nearest")
             params = grid.fit(W_OI, stats.H_II)
             return Quantized(grid.encode(W_OI, params), params)
         sweep = Sweep.start(W_OI, order, M_II.to(W_OI.dtype), grid)

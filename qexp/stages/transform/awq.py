@@ -31,7 +31,7 @@ class Awq:
     steps: int
     places: Sequence[str]
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
     after: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "block"
