@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from core_alone import ROOT, SANITIZERS, run_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int4_cases import TIERS, Case, draw, error, forced, tiers
@@ -19,7 +20,6 @@ from qexp.kernels import build, int4, matmul
 
 pytestmark = pytest.mark.skipif(not build.load(), reason="no compiled kernels here: no C++ compiler, or it failed")
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = (1, 2, 7, 8, 15, 16, 17, 31, 33, 127, 129, 1000)
 BOUNDS = {torch.float32: 0.0, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -203,39 +203,25 @@ def test_floors_run(tier: str) -> None:
 # ---- what only a compiler or a disassembler can show ---------------------------------------------------------------
 
 CORE = ("dispatch", "int4", "prepack", "gemm", "floors")
-ADDRESS = ["-O1", "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0"]
-UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
+UNCHECKED = ["-O1", "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0"]
 
 
-def extra(path: Path, mode: str) -> list[str]:
-    """Return a mode's flags for one source; the vector tiers, pure intrinsics, would take minutes with UBSan."""
-    if mode == "plain":
-        return ["-O3"]
-    vectors = path.stem.rpartition("_")[2] in build.X86
-    return ADDRESS if vectors else [*ADDRESS, *UNDEFINED]
+def extra(path: Path) -> list[str]:
+    """Return the sanitizers of one source; the vector tiers, pure intrinsics, would take minutes with UBSan."""
+    return UNCHECKED if path.stem.rpartition("_")[2] in build.X86 else SANITIZERS["address"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["plain", "sanitized"])
+@pytest.mark.parametrize("mode", ["plain", "address", "thread"])
 def test_the_core_alone(mode: str, tmp_path: Path) -> None:
     """csrc/tests/gemm_test.cpp: no torch, guard pages around every buffer, poisoned outputs, every tier of this CPU.
 
     AVX-VNNI runs as well: its source is compiled a second time with the EVEX encoding of its instruction.
     """
-    cpu, own = ROOT / "csrc" / "cpu", ROOT / "csrc" / "tests"
     names = [f"{name}_{tier}" for name in ("gemm", "floors") for tier in (*TIERS, "avx512bf16")]
-    files = [path for path in (cpu / f"{name}.cpp" for name in (*CORE, *names)) if path.exists()]
-    objects = []
-    for path in files + sorted(own.glob("gemm_*.cpp")):
-        objects.append(tmp_path / f"{path.stem}.o")
-        flags = [*build.flags(path), *extra(path, mode), "-g1"]
-        subprocess.run([*build.compiler(), *flags, f"-I{cpu}", "-c", path, "-o", objects[-1]], check=True)
-    program, sanitizers = tmp_path / "gemm_test", [] if mode == "plain" else ["-fsanitize=address,undefined"]
-    subprocess.run([*build.compiler(), *sanitizers, *objects, "-pthread", "-o", program], check=True)
-    words = [program] if mode == "plain" else [program, "short"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all well" in done.stdout
+    core = [path for path in (ROOT / "cpu" / f"{name}.cpp" for name in (*CORE, *names)) if path.exists()]
+    words = [] if mode == "plain" else ["short"]
+    run_alone(tmp_path, "gemm", core, mode, extra if mode == "address" else None, words)
 
 
 @pytest.mark.slow
@@ -244,7 +230,7 @@ def test_the_core_alone(mode: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tier", ["avxvnni", "avx512vnni"])
 def test_inner_loops_stay_in_registers(tier: str, tmp_path: Path) -> None:
     """No loop that multiplies touches the stack, and the AVX-VNNI tier uses the VEX form alone."""
-    source, target = ROOT / "csrc" / "cpu" / f"gemm_{tier}.cpp", tmp_path / "tile.o"
+    source, target = ROOT / "cpu" / f"gemm_{tier}.cpp", tmp_path / "tile.o"
     subprocess.run([*build.compiler(), *build.flags(source), "-c", source, "-o", target], check=True)
     listing = subprocess.run(["objdump", "-d", target], capture_output=True, text=True, check=True).stdout
     loops = [body for body in innermost_loops(listing) if any("vpdpbusd" in line for line in body)]

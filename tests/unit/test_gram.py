@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from core_alone import ROOT, run_alone
 from torch import Tensor
 
 from qexp.kernels import build
@@ -112,3 +115,12 @@ def test_any_float_is_taken(dtype: torch.dtype) -> None:
 
 def test_the_operator_is_well_defined() -> None:
     torch.library.opcheck(torch.ops.qexp.gram_.default, (torch.zeros(24, 24, dtype=torch.float64), rows(20, 24)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="links the x86 tiers")
+@pytest.mark.parametrize("mode", ["plain", "address", "thread"])
+def test_the_core_alone(mode: str, tmp_path: Path) -> None:
+    """csrc/tests/sums_test.cpp: no torch, guard pages, loops that split in every way, every tier of this CPU."""
+    core = sorted(path for name in ("dispatch", "gram", "sweep") for path in (ROOT / "cpu").glob(f"{name}*.cpp"))
+    run_alone(tmp_path, "sums", core, mode)
