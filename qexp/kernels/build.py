@@ -35,8 +35,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# -ffp-contract=off: a*b+c is one rounding only where the source says fma, so tiers differ only where a
-# kernel's header says that its sums may.
+# -ffp-contract=off: a*b+c is one rounding only where the source says fma; sums apart, tiers compute the same floats.
 BASE = ("-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-DNDEBUG")
 X86 = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
