@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.core.errors import UserError
+from qexp.core.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from qexp.bench_timing import Row
@@ -26,6 +27,7 @@ ROUNDS = 5  # of whole generations of a model
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exits 2 with one line on stderr for a user's mistake."""
     arguments = _parser().parse_args(argv)
+    keep_freed_memory()  # as in a run, for us and for our peers
     try:
         _check(arguments)
         logging.getLogger("qexp").setLevel(logging.INFO)

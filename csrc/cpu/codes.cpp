@@ -15,7 +15,7 @@ const CodesKernels& kernels() { return QEXP_BY_WIDTH(codes); }
 template <typename Task>
 void run(const Task& task, void (*worker)(const Task&, int64_t, int64_t), ParallelFor loop) {
     const int64_t grain = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, task.n));
-    split(loop, task.rows, grain, [&](int64_t begin, int64_t end) { worker(task, begin, end); });
+    deal(loop, task.rows, grain, [&](int64_t begin, int64_t end) { worker(task, begin, end); });
 }
 
 }  // namespace

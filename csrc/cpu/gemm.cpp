@@ -176,7 +176,7 @@ void direct(const Job& job, ParallelFor loop) {
     const int64_t wide = few ? job.kernels.direct_blocks_few : job.kernels.direct_blocks_many;
     const int64_t tiles = (job.shape.blocks + wide - 1) / wide;
     const int64_t grain = std::max<int64_t>(1, kTaskBytes / (wide * job.shape.steps * kBlockBytes));
-    split(loop, tiles, grain, [&](int64_t begin, int64_t end) {
+    deal(loop, tiles, grain, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) {
             const int64_t block = tile * wide;
             if (job.shape.blocks - block >= wide) {
@@ -255,9 +255,10 @@ void panel_chunk(const Job& job, int64_t block, int blocks, int64_t begin, int64
 void panels(const Job& job, ParallelFor loop) {
     const int64_t wide = job.kernels.panel_blocks, columns = (job.shape.blocks + wide - 1) / wide;
     const int64_t in_chunk = kChunkRows / job.kernels.panel_rows, chunks = (job.rows.count + in_chunk - 1) / in_chunk;
-    split(loop, columns * chunks, 1, [&](int64_t begin, int64_t end) {
+    Queue queue(columns * chunks);
+    split(loop, columns * chunks, 1, [&](int64_t, int64_t) {
         const Workspace work;
-        for (int64_t task = begin; task < end; ++task) {
+        for (int64_t task; queue.take(task);) {
             const int64_t row_block = task / columns * in_chunk, last = std::min(row_block + in_chunk, job.rows.count);
             const int64_t block = task % columns * wide, left = job.shape.blocks - block;
             for (int64_t b = 0; b < std::min(wide, left); b += left >= wide ? wide : 1) {
@@ -412,14 +413,14 @@ void w4a16(const W4A16Call& call, ParallelFor loop) {
     });
     const int64_t wide = job.rows.size(0) <= 4 ? job.kernels.blocks_few : job.kernels.blocks_many;
     const int64_t tiles = (job.shape.blocks + wide - 1) / wide, tile_bytes = wide * job.shape.steps * kBlockBytes;
-    split(loop, tiles, std::max<int64_t>(1, kTaskBytes / (tile_bytes * job.rows.count)),
-          [&](int64_t begin, int64_t end) {
-              for (int64_t tile = begin; tile < end; ++tile) {
-                  const int64_t block = tile * wide, left = std::min(wide, job.shape.blocks - block);
-                  const int64_t step = left == wide ? wide : 1;
-                  for (int64_t b = 0; b < left; b += step) float_tile(job, block + b, static_cast<int>(step));
-              }
-          });
+    const int64_t grain = std::max<int64_t>(1, kTaskBytes / (tile_bytes * job.rows.count));
+    deal(loop, tiles, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+            const int64_t block = tile * wide, left = std::min(wide, job.shape.blocks - block);
+            const int64_t step = left == wide ? wide : 1;
+            for (int64_t b = 0; b < left; b += step) float_tile(job, block + b, static_cast<int>(step));
+        }
+    });
 }
 
 }  // namespace qexp

@@ -47,13 +47,9 @@ struct Gram {
                     pack(start * Words::kTokens, steps, p * kGramTile, packed.data() + p * steps * kGramTile);
                 }
             });
-            // Row r and its mirror image share a task: together they have as many tiles as any other pair.
-            split(loop, (panels() + 1) / 2, 1, [&](int64_t begin, int64_t end) {
-                for (int64_t row = begin; row < end; ++row) {
-                    add_row(packed.data(), steps, row);
-                    const int64_t mirror = panels() - 1 - row;
-                    if (mirror != row) add_row(packed.data(), steps, mirror);
-                }
+            Queue rows(panels());  // the longest first
+            split(loop, panels(), 1, [&](int64_t, int64_t) {
+                for (int64_t row; rows.take(row);) add_row(packed.data(), steps, row);
             });
         }
     }

@@ -34,8 +34,8 @@ float* workspace(int64_t floats) {
 template <typename Task>
 void run(const Task& task, void (*worker)(const Task&, int64_t, int64_t, float*), ParallelFor loop) {
     const int64_t grain = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, task.n));
-    split(loop, task.rows, grain,
-          [&](int64_t begin, int64_t end) { worker(task, begin, end, workspace(work_floats(task.n))); });
+    deal(loop, task.rows, grain,
+         [&](int64_t begin, int64_t end) { worker(task, begin, end, workspace(work_floats(task.n))); });
 }
 
 // Which of the eight sums (a +- b) +- (c +- d) a group of signs is, up to the sign of a: bit 0 for b against a, bit 1

@@ -1,7 +1,5 @@
 #include "sweep.h"
 
-#include <algorithm>
-
 #include "dispatch.h"
 
 namespace qexp {
@@ -17,11 +15,7 @@ Rows rows_kernel() { return QEXP_BY_WIDTH(sweep); }
 
 void sweep_columns(const Sweep& sweep, ParallelFor loop) {
     const Rows kernel = rows_kernel();
-    split(loop, (sweep.rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) {
-            kernel(sweep, part * kRows, std::min(sweep.rows, (part + 1) * kRows));
-        }
-    });
+    deal(loop, sweep.rows, kRows, [&](int64_t begin, int64_t end) { kernel(sweep, begin, end); });
 }
 
 }  // namespace qexp

@@ -1,6 +1,6 @@
 """The CUDA kernels compile for every architecture, and their machine code is what was meant (kernels.md section 8).
 
-Needs nvcc and cuobjdump (pip package nvidia-cuda-cuobjdump), no GPU.
+Needs nvcc, cuobjdump and nvdisasm (pip packages nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm), no GPU.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -25,14 +26,15 @@ CHANNEL_TILE_CAP = 128  # two blocks of 256 threads
 
 
 @functools.cache
-def cuobjdump() -> str | None:
-    found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
+def tool(name: str) -> str | None:
+    """Return where cuobjdump, or the nvdisasm that it calls, is found: the PATH, CUDA's folder, or its pip package."""
+    found = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
     if found is None:
         try:
-            files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
+            files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
         except importlib.metadata.PackageNotFoundError:
             return None
-        found = next((str(file.locate()) for file in files if file.name == "cuobjdump"), None)
+        found = next((str(file.locate()) for file in files if file.name == name), None)
     return found
 
 
@@ -41,7 +43,8 @@ def missing() -> str:
         cuda_build.nvcc()
     except build.BuildError as error:
         return str(error)
-    return "" if cuobjdump() else "no cuobjdump (pip install nvidia-cuda-cuobjdump)"
+    lacking = [name for name in ("cuobjdump", "nvdisasm") if tool(name) is None]
+    return " and ".join(f"no {name} (pip install nvidia-cuda-{name})" for name in lacking)
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
@@ -54,8 +57,9 @@ def library() -> Path:
 
 def functions(library: Path, arch: str, *options: str) -> dict[str, str]:
     """Return what cuobjdump prints of each kernel of one architecture, by its readable name."""
-    command = [cuobjdump() or "", *options, "-arch", f"sm_{arch}", str(library)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [tool("cuobjdump") or "", *options, "-arch", f"sm_{arch}", str(library)]
+    beside = {**os.environ, "NVDISASM_PATH": str(Path(tool("nvdisasm") or "").parent)}
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=beside).stdout
     parts = re.split(r"\n\s*Function\s*:?\s*", text)[1:]
     named = {part.splitlines()[0].strip().rstrip(":"): part for part in parts}
     readable = subprocess.run(["c++filt", *named], capture_output=True, text=True, check=True).stdout.splitlines()
