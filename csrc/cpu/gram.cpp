@@ -47,10 +47,8 @@ struct Gram {
                     pack(start * Words::kTokens, steps, p * kGramTile, packed.data() + p * steps * kGramTile);
                 }
             });
-            Queue rows(panels());  // the longest first
-            split(loop, panels(), 1, [&](int64_t, int64_t) {
-                for (int64_t row; rows.take(row);) add_row(packed.data(), steps, row);
-            });
+            // A row at a time, the longest first.
+            deal(loop, panels(), 1, [&](int64_t row, int64_t) { add_row(packed.data(), steps, row); });
         }
     }
 

@@ -41,8 +41,8 @@ class ModelView:
         self.blocks: list[nn.Module] = list(model.get_submodule(self.prefix).children())
         self.has_door = attention.install(model)
         self.replays = Replays(model)
-        self._turns = {} if self.family else _forward_order(model)
-        self._groups = [self._find_groups(i) for i in range(len(self.blocks))]
+        turns = {} if self.family else _forward_order(model)
+        self._groups = [self._find_groups(i, turns) for i in range(len(self.blocks))]
         self.layers = [layer for groups in self._groups for group in groups for layer in group.layers]
         if not self.layers:
             raise UserError(
@@ -109,10 +109,10 @@ class ModelView:
         for name in names:
             self.replays.finish(name)
 
-    def _find_groups(self, block: int) -> list[Group]:
+    def _find_groups(self, block: int, turns: dict[str, int]) -> list[Group]:
         shapes = {n: m for n, m in self.blocks[block].named_modules() if isinstance(m, nn.Linear)}
         if self.family is None:
-            names = sorted(shapes, key=lambda name: self._turns.get(self.path(block, name), len(self._turns)))
+            names = sorted(shapes, key=lambda name: turns.get(self.path(block, name), len(turns)))
             found = [(name, [(name.rsplit(".", 1)[-1], name)]) for name in names]
         else:
             linears = self.family.linears
