@@ -20,11 +20,13 @@ from qexp.bench_timing import Call, Pace, Row, in_turn, interleaved, row
 from qexp.core.packed import odd_part
 from qexp.kernels import floors as _floors  # noqa: F401 -- defines its operators
 from qexp.kernels import int4, matmul
+from qexp.kernels.build import force_isa
 from qexp.kernels.had_quant import had_quant
 from qexp.kernels.ops import kernel_info
 
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 STEPS = 20_000  # of the multiplying loop: about a millisecond
+LOWER_TIER, BETTER_TIERS = "avx2", ("avxvnni", "avx512bw", "avx512vnni")
 FEW = 16  # tokens up to which a product is limited by reading the weight
 
 
@@ -107,9 +109,26 @@ def _products(case: Product, peers: Sequence[Peer], pace: Pace) -> Iterator[Row]
     }
     floor = Floor(case, packed.w_p)
     for op, make in _ours(packed, x).items():
-        times = interleaved({"ours": in_turn(make, size, few), **others, **floor.calls}, pace)
+        ours = in_turn(make, size, few)
+        lower = _lower_tier(ours) if op == "w4a8" else {}
+        times = interleaved({"ours": ours, **lower, **others, **floor.calls}, pace)
         least = floor.taken_from(times)
         yield row(case.about(op), times, least)
+
+
+def _lower_tier(ours: Call) -> dict[str, Call]:
+    """Return our call on the tier that every x86 machine has, where this one uses a better."""
+    if kernel_info()["isa"] not in BETTER_TIERS:
+        return {}
+
+    def forced() -> None:
+        force_isa(LOWER_TIER)
+        try:
+            ours()
+        finally:
+            force_isa(None)
+
+    return {f"own {LOWER_TIER}": forced}
 
 
 def _packed(weight: Tensor, group: int) -> matmul.W4:

@@ -91,14 +91,21 @@ def _onnxruntime(weight: Tensor, x: Tensor, group: int) -> Make:
     """onnxruntime's MatMulNBits at accuracy level 4: int8 activations, the fast setting."""  # noqa: D403
     ort = importlib.import_module("onnxruntime")
     model, given = _onnx_model(*weight.shape, group), {"A": x.numpy()}
+    _share_threads(torch.get_num_threads())
     options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.use_per_session_threads = False  # threads of one copy's session would spin while the next one works
 
     def make() -> Call:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, given)
 
     return make
+
+
+@functools.cache
+def _share_threads(count: int) -> None:
+    """Give all sessions of this process one pool. It must exist before the first session."""
+    importlib.import_module("onnxruntime").set_global_thread_pool_sizes(count, 1)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Fair times on a machine that is not quiet: contenders take turns in one process, and medians are compared.
 
 A turn lasts a few hundredths of a second and repeats its call as often as fits; A B C A B C lets every disturbance meet
-every contender. A call that reads weights gets as many copies of them as the last-level cache cannot hold.
+every contender. Before a turn everything rests: threads that libraries keep spinning after a call would otherwise sit
+on the next contender's cores. A call that reads weights gets as many copies of them as no last-level cache holds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, TypedDict
 Call = Callable[[], object]
 CACHE_BYTES = 128 << 20  # four times the largest last-level cache a core of today shares with few others
 MOST_COPIES = 64
+REST_SECONDS = 0.01  # OpenMP's and onnxruntime's threads have gone to sleep by then
 
 
 class Row(TypedDict):
@@ -54,6 +56,8 @@ def interleaved(calls: Mapping[str, Call], pace: Pace) -> dict[str, list[float]]
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(pace.rounds):
         for name, call in calls.items():
+            time.sleep(REST_SECONDS)
+            call()  # wakes its own threads
             began = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

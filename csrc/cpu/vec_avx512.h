@@ -40,7 +40,8 @@ struct Vec512 {
     static F zero() { return _mm512_setzero_ps(); }
     static I izero() { return _mm512_setzero_si512(); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
-    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    // Zen adds and multiplies on separate units: the adders alone would bound a butterfly. Exact: one rounding either way.
+    static F sub(F a, F b) { return _mm512_fnmadd_ps(b, _mm512_set1_ps(1.0f), a); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F min(F a, F b) { return _mm512_min_ps(a, b); }  // b where either is NaN
     static F max(F a, F b) { return _mm512_max_ps(a, b); }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qexp.core.hadamard_matrices import dct, factorize, small_hadamard
 from qexp.core.placed import Placed, wide
+from qexp.kernels.graphs import constant
 from qexp.kernels.hadamard import hadamard_transform, inverse_hadamard_transform
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def flatness(size: int) -> float:
 
 
 @cache
+@constant
 def _factors(size: int, device: torch.device) -> tuple[Tensor, ...]:
     """Return the small matrices K_i on the device: int8, or float64 for a DCT."""
     found = factorize(size)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qexp.core.finite_field import character, differences, prime_power
+from qexp.kernels.graphs import constant
 from qexp.kernels.hadamard import sylvester
 
 
@@ -116,6 +117,7 @@ def dct(size: int) -> Tensor:
 
 
 @cache
+@constant
 def factorize(size: int) -> Factorization:
     """Return the composition of least work per element, sum of orders + number of twos.
 

@@ -173,7 +173,7 @@ class AcrossHeads:
 
     @cached_property
     def _kept(self) -> tuple[Placed, Placed]:
-        with torch.inference_mode(mode=False):  # kept: a later caller may need gradients through it
+        with torch.inference_mode(False):  # kept: a later caller may need gradients through it
             return self._made()
 
     def _made(self) -> tuple[Placed, Placed]:

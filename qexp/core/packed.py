@@ -180,8 +180,11 @@ def _slices(outputs: Sequence[int]) -> list[slice]:
 
 
 def _version(x: Tensor) -> int:
-    """Return the count of in-place changes; an inference tensor has none, and is taken to stay as it is."""
-    return -1 if x.is_inference() else x._version
+    """Return the count of in-place changes; an inference tensor has none, and is taken to stay as it is.
+
+    So is one in a compiled graph, which cannot ask.
+    """
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _prefers_bytes(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ class Placed:
         if self.tensor.requires_grad:  # being learned: a kept copy would be stale after the next step
             return self.tensor.to(x.device, dtype)
         if (self._copy.device, self._copy.dtype) != (x.device, dtype):
-            with torch.inference_mode(mode=False):  # kept: a later caller may need gradients through it
+            with torch.inference_mode(False):  # kept: a later caller may need gradients through it
                 self._copy = self.tensor.to(x.device, dtype)
         return self._copy
 

@@ -84,27 +84,27 @@ def info() -> dict[str, Any]:
     }
 
 
-def isa() -> str:
+def isa(path: Path | None = None) -> str:
     """Return the tier that the compiled kernels use; raises ValueError if QEXP_CPU_ISA names none of this CPU."""
-    return _isa(_path())
-
-
-def _isa(path: Path) -> str:
-    library = ctypes.CDLL(str(path))
-    library.qexp_cpu_isa.restype = ctypes.c_char_p
-    answer: str = library.qexp_cpu_isa().decode()
+    answer: str = _symbol(path or _path(), "qexp_cpu_isa")().decode()
     if answer.startswith("error: "):
         raise ValueError(answer.removeprefix("error: "))
     return answer
 
 
 def force_isa(name: str | None) -> None:
-    """For tests: make the compiled kernels use this tier, None for the usual one. Raises: ValueError as :func:`isa`."""
-    library = ctypes.CDLL(str(_path()))
-    library.qexp_force_isa.restype = ctypes.c_char_p
-    complaint: str = library.qexp_force_isa(name.encode() if name else None).decode()
+    """For tests, benchmarks: use this tier from now on, None for the usual one. Raises: ValueError as :func:`isa`."""
+    complaint: str = _symbol(_path(), "qexp_force_isa")(name.encode() if name else None).decode()
     if complaint:
         raise ValueError(complaint)
+
+
+@functools.cache
+def _symbol(path: Path, name: str) -> Any:
+    """Return a C function of the library that answers a string."""
+    function = getattr(ctypes.CDLL(str(path)), name)
+    function.restype = ctypes.c_char_p
+    return function
 
 
 def _path() -> Path:
@@ -124,7 +124,7 @@ def _library() -> Library:
     except (BuildError, OSError) as error:
         log.warning("CPU kernels are not compiled, pure torch computes instead (slower): %s", error)
         return Library(None, str(error))
-    _isa(path)  # a bad QEXP_CPU_ISA is told now, not by the first kernel
+    isa(path)  # a bad QEXP_CPU_ISA is told now, not by the first kernel
     return Library(path, "")
 
 

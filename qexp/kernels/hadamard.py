@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qexp.kernels import build, ops
+from qexp.kernels.graphs import constant
 
 assert "hadamard" in ops.OPS  # importing it is what defines torch.ops.qexp
 LARGEST_FAST_POWER = 15  # what fast_hadamard_transform accepts
@@ -78,7 +79,7 @@ def _compiled(x: Tensor, factors: list[Tensor], power: int) -> bool:
     """
     fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and (power >= 5 or not factors)
     learns = x.requires_grad and torch.is_grad_enabled()
-    return fits and x.device.type == "cpu" and x.numel() > 0 and not learns and build.load()
+    return fits and x.device.type == "cpu" and x.numel() > 0 and not learns and _is_built()
 
 
 def _by_kernel(x: Tensor, factors: list[Tensor], power: int) -> Tensor:
@@ -122,9 +123,15 @@ def _axes(small: list[Tensor], power: int, like: Tensor) -> list[Tensor]:
 
 
 @cache
+@constant
 def _orthonormal_sylvester(power: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(mode=False):  # cached: a later caller may need gradients through it
+    with torch.inference_mode(False):  # cached: a later caller may need gradients through it
         return sylvester(power).to(device, dtype) / math.sqrt(1 << power)
+
+
+@constant
+def _is_built() -> bool:
+    return build.load()
 
 
 @cache
