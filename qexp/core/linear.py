@@ -27,6 +27,7 @@ class InputPath:
         self.readers = readers
         self.maps: list[LinearMap] = []
         self.act: Callable[[Tensor], Tensor] | None = None
+        self.ranges: Params = {}  # what a calibrated act quantizer keeps of this input
         self.observer: Callable[[Tensor], None] | None = None
         self._forget()
 

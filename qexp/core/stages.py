@@ -149,10 +149,23 @@ class Act(Protocol):
     @property
     def version(self) -> int: ...
     @property
+    def needs(self) -> frozenset[str]:
+        """Return "activations" if ranges are calibrated; a quantizer that measures each input needs nothing."""
+        ...
+
+    @property
     def bits(self) -> int: ...
 
-    def freeze(self, stats: Stats | None) -> Callable[[Tensor], Tensor]:
-        """Return the function x [..., I] -> x̂ [..., I] for one input."""
+    def check(self, inputs: int) -> None:
+        """Raise UserError if an input of this width cannot be quantized."""
+        ...
+
+    def fit(self, low_I: Tensor, high_I: Tensor) -> Params:
+        """Return what to keep for one input whose channels took values from low to high; nothing if dynamic."""
+        ...
+
+    def freeze(self, kept: Params) -> Callable[[Tensor], Tensor]:
+        """Return the function x [..., I] -> x̂ [..., I] for one input, from what ``fit`` kept of it."""
         ...
 
 

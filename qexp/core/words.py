@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from qexp.core.maps import LinearMap
@@ -47,13 +48,19 @@ class Group:
 class Stats:
     """Observations of one shared input over the calibration tokens, float32: they die with their block.
 
-    ``H_II`` is the mean over tokens of x xᵀ; ``absmax_I`` and ``mean_abs_I`` are per input channel.
+    ``H_II`` is the mean over tokens of x xᵀ; least, greatest and mean absolute value are per channel.
     """
 
     tokens: int
     H_II: Tensor
-    absmax_I: Tensor
+    low_I: Tensor
+    high_I: Tensor
     mean_abs_I: Tensor
+
+    @property
+    def absmax_I(self) -> Tensor:
+        """Return the largest magnitude per channel."""
+        return torch.maximum(-self.low_I, self.high_I)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS, BlockReport
+from qexp.engine.acting import calibrate, is_calibrated
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
 from qexp.engine.solving import Plan, plan_of, solve_group
@@ -29,7 +30,7 @@ from qexp.models.view import ModelView
 def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -> list[BlockReport]:
     """Quantize all blocks in place with calibration ``tokens`` int64 [N, S]; return one report per block."""
     plan = plan_of(view, method, run.seed)
-    if not plan.grids and not method.stage("block"):
+    if not plan.grids and not method.stage("block") and not is_calibrated(method.act):
         return []  # 16 bits everywhere: nothing to walk for
     x, kwargs = embed(view, tokens)
     y, reports = x if method.inputs == "float" else [], []
@@ -64,6 +65,7 @@ def quantize_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> Fi
     for group in groups:
         if in_turn:
             known = observe(view, block, [group], source, kwargs)
+        calibrate(view, plan.method.act, group, known.get(group.site))
         report.layers += solve_group(plan, group, known.get(group.site))
         if in_turn:
             view.finish(group)
@@ -76,7 +78,8 @@ def activate(view: ModelView, blocks: Iterable[int], method: Method) -> None:
     for block in blocks:
         for group in view.groups(block):
             if method.act.bits < FULL_BITS:
-                view.linear(group.layers[0].name).path.act = method.act.freeze(None)
+                path = view.linear(group.layers[0].name).path
+                path.act = method.act.freeze(path.ranges)
         door = view.door(block)
         if door is not None and method.kv.bits < FULL_BITS:
             door.kv = method.kv

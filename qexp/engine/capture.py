@@ -25,32 +25,32 @@ class _Sums:
         self.group, self.last, self.tokens = group, last, 0
         size = group.layers[0].inputs
         self.H = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self.absmax = torch.zeros(size, device=device)
+        self.low = torch.full((size,), torch.inf, device=device)
+        self.high = -self.low
         self.total = torch.zeros(size, dtype=torch.float64, device=device)
 
     def __call__(self, x: Tensor) -> None:
         """Add the rows of x [..., I]."""
         flat = x.flatten(0, -2)
-        magnitude = flat.abs().float()
         self.tokens += len(flat)
         add_gram(self.H, flat)
-        self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
-        self.total += magnitude.sum(0)
+        self.low = torch.minimum(self.low, flat.amin(0).float())
+        self.high = torch.maximum(self.high, flat.amax(0).float())
+        self.total += flat.abs().float().sum(0)
         if self.last:
             raise StopForward
 
     def stats(self) -> Stats:
         if not self.tokens:
             raise UserError(f"calibration never reaches {self.group.layers[0].name}", "text that uses every layer")
-        if not bool(torch.isfinite(self.absmax).all()):
+        if not bool(torch.isfinite(self.high - self.low).all()):
             raise UserError(
                 f"calibration gives NaN or Inf at the input of {self.group.layers[0].name}",
                 "finite activations",
                 "another calibration, or model.dtype=float32",
             )
-        return Stats(
-            self.tokens, (mirrored(self.H) / self.tokens).float(), self.absmax, (self.total / self.tokens).float()
-        )
+        H_II, mean = (mirrored(self.H) / self.tokens).float(), (self.total / self.tokens).float()
+        return Stats(self.tokens, H_II, self.low, self.high, mean)
 
 
 @torch.no_grad()

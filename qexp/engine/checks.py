@@ -33,6 +33,7 @@ def check_method(method: Method, calibrated: bool) -> None:
     if method.tuner:
         raise UserError(f"method.tuner has {', '.join(method.tuner)}", "no tuner in this version", "method/tuner=[]")
     members: list[Any] = [method.grid, method.solver, *method.transform.values()]
+    members += [method.act] if method.act.bits < FULL_BITS else []
     needing = [type(member).__name__ for member in members if "activations" in member.needs]
     if needing and not calibrated:
         raise UserError(
@@ -50,6 +51,8 @@ def check_model(view: ModelView, method: Method) -> None:
     for layer in view.layers:
         if layer.name in grids:
             grids[layer.name].check(layer)
+        if method.act.bits < FULL_BITS:
+            method.act.check(layer.inputs)
     for transform in method.transform.values():
         transform.sites(view)
     if method.kv.bits < FULL_BITS and not view.has_door:

@@ -80,11 +80,13 @@ class Store:
 @torch.no_grad()
 def pack_block(view: ModelView, block: int, report: BlockReport) -> Finished:
     """Return the present state of a block as a :class:`Finished`."""
-    quantized, paths = {}, {}
+    quantized, paths, ranges = {}, {}, {}
     tensors: dict[str, Tensor] = {}
     for group in view.groups(block):
         path = view.linear(group.layers[0].name).path
         paths[group.site] = [_map_facts(tensors, f"map.{group.site}.{i}", step) for i, step in enumerate(path.maps)]
+        ranges[group.site] = sorted(path.ranges)
+        tensors |= {f"range.{group.site}.{name}": value.cpu().contiguous() for name, value in path.ranges.items()}
         for layer in group.layers:
             linear = view.linear(layer.name)
             if linear.codes is None or linear.grid is None:
@@ -99,7 +101,7 @@ def pack_block(view: ModelView, block: int, report: BlockReport) -> Finished:
     weights = {f"{view.prefix}.{block}.{n}": p for n, p in view.blocks[block].named_parameters()}
     plain = {n: p for n, p in weights.items() if n.removesuffix(".weight") not in quantized}
     tensors |= {f"plain.{name}": p.detach().cpu().clone() for name, p in plain.items()}
-    facts = {"quantized": quantized, "paths": paths, "report": asdict(report)}
+    facts = {"quantized": quantized, "paths": paths, "ranges": ranges, "report": asdict(report)}
     return Finished(tensors, facts)
 
 
@@ -123,6 +125,7 @@ def install(view: ModelView, block: int, finished: Finished, grids: dict[str, An
             map_from_state(s["kind"], {n: tensors[f"map.{site}.{i}.{n}"] for n in s["tensors"]}, s["numbers"])
             for i, s in enumerate(steps)
         ]
+        path.ranges = {n: tensors[f"range.{site}.{n}"].to(view.model.device) for n in facts["ranges"][site]}
     for name, about in facts["quantized"].items():
         linear, grid = view.linear(name), grids[name]
         device = linear.weight.device

@@ -18,7 +18,8 @@ from qexp.core.linear import QuantLinear
 from qexp.core.maps import LinearMap
 from qexp.core.rewrite import reader_weight, undo
 from qexp.core.stages import Grid
-from qexp.core.words import FULL_BITS, Group, Site, Stats
+from qexp.core.words import Group, Site, Stats
+from qexp.engine.acting import search_quantizer
 from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, StopForward, Stream, answers
 from qexp.models.view import ModelView
@@ -122,7 +123,7 @@ def damage_oracle(
     """
     view, act = plan.view, plan.method.act
     module, layers = inspected(view, group), [view.linear(layer.name) for layer in group.layers]
-    path, quantizer = layers[0].path, act.freeze(None) if act.bits < FULL_BITS else None
+    path, quantizer = layers[0].path, search_quantizer(act)
     if stats is not None and layers == [module] and quantizer is None:
         return partial(_linear_damage, layers[0], plan.grids.get(group.layers[0].name), folded, stats.H_II)
 

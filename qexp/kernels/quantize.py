@@ -46,6 +46,20 @@ def fake_quantize_groups(x: Tensor, bits: int, group: int, symmetric: bool, clip
     return _fake(x, bits, group, symmetric, False, clip)
 
 
+def fake_quantize_fixed(x: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Round x to a grid that is known beforehand; what lies outside goes to its nearest end.
+
+    Shapes: x [..., I]; scale and zero (None: symmetric about 0) broadcast against it -> same shape and dtype as x.
+    Arithmetic in float32 for 16-bit x, else in the dtype of x.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    lowest = 0 if zero is not None else -(2 ** (bits - 1))
+    shift = 0 if zero is None else zero.to(wide)
+    step = scale.to(wide)
+    codes = (pass_through_round(wide / step) + shift).clamp(lowest, lowest + 2**bits - 1)
+    return ((codes - shift) * step).to(x.dtype)
+
+
 def fake_quantize_reference(x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float) -> Tensor:
     """Compute the op ``fake_quantize`` in plain torch.
 
@@ -102,7 +116,7 @@ def asymmetric_grid(rows: Tensor, bits: int, clip: float, with_zero: bool) -> Gr
     top, number = 2**bits - 1, torch.finfo(low.dtype)
     floor = torch.maximum(-low, high) * number.eps + number.tiny  # so that a constant row c comes out as c
     scale = torch.maximum((high - low).mul(clip).div(top), floor)
-    return Grid(scale, _round(-low * clip / scale), 0, top)
+    return Grid(scale, pass_through_round(-low * clip / scale), 0, top)
 
 
 def _range(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +130,7 @@ def _on_grid(rows: Tensor, grid: Grid) -> Tensor:
     inverse = grid.scale.reciprocal()
     if rows.requires_grad and torch.is_grad_enabled():
         zero = 0 if grid.zero is None else grid.zero
-        codes = (_round(rows * inverse) + zero).clamp(grid.lowest, grid.highest)
+        codes = (pass_through_round(rows * inverse) + zero).clamp(grid.lowest, grid.highest)
         return ((codes - zero) * grid.scale).to(rows.dtype)
     out, direct = torch.empty_like(rows), rows.dtype == inverse.dtype
     step = max(1, CHUNK_ELEMENTS // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
@@ -134,6 +148,6 @@ def _on_grid(rows: Tensor, grid: Grid) -> Tensor:
     return out
 
 
-def _round(v: Tensor) -> Tensor:
+def pass_through_round(v: Tensor) -> Tensor:
     """Round half to even; a gradient passes straight through, and v + (round(v) - v) is free of rounding error."""
     return v + (v.round() - v).detach() if v.requires_grad else v.round()

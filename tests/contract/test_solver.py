@@ -20,7 +20,8 @@ def problem(seed: int) -> tuple[Tensor, Stats]:
     rng = generator(seed, "problem")
     X_TI = torch.randn(160, 64, generator=rng) @ torch.randn(64, 64, generator=rng) / 8
     X_TI *= torch.randn(64, generator=rng).exp()
-    stats = Stats(tokens=160, H_II=X_TI.T @ X_TI / 160, absmax_I=X_TI.abs().amax(0), mean_abs_I=X_TI.abs().mean(0))
+    low, high, mean = X_TI.amin(0), X_TI.amax(0), X_TI.abs().mean(0)
+    stats = Stats(tokens=160, H_II=X_TI.T @ X_TI / 160, low_I=low, high_I=high, mean_abs_I=mean)
     return torch.randn(24, 64, generator=rng), stats
 
 

@@ -74,7 +74,7 @@ def test_a_packed_model_says_what_the_simulation_says(family: str, name: str) ->
 def test_one_layer_is_exact(bits: int, group: int, grid: str, act: Any) -> None:
     linear = layer(bits, group, grid)
     if act:
-        linear.path.act = member("act", act[0], a=act[1]).freeze(None)
+        linear.path.act = member("act", act[0], a=act[1]).freeze({})
     x = inputs(2, 5, 48)
     expected = linear(x)
     assert distance(packed([linear])[0](x), expected) < SAME
@@ -87,7 +87,7 @@ def test_the_last_hadamard_is_fused_with_the_quantizer(size: int, signs: bool) -
     linear = layer(4, columns=size)
     drawn = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(1), dtype=torch.int8) * 2 - 1
     linear.path.maps = [Diagonal(torch.linspace(0.5, 2, size)), Hadamard(size, drawn if signs else None)]
-    linear.path.act = member("act", "per_token", a=8).freeze(None)
+    linear.path.act = member("act", "per_token", a=8).freeze({})
     x = inputs(6, size)
     expected = linear(x)
     (made,) = packed([linear])

@@ -93,7 +93,7 @@ class Layer:
     @property
     def stats(self) -> Stats:
         X = self.X_TI
-        return Stats(len(X), X.T @ X / len(X), X.abs().amax(0), X.abs().mean(0))
+        return Stats(len(X), X.T @ X / len(X), X.amin(0), X.amax(0), X.abs().mean(0))
 
     def damage(self, candidate: LinearMap) -> float:
         """Rounding with one scale per 128 columns."""
@@ -118,7 +118,7 @@ def layer(loud: dict[int, float], size: int = 128, tokens: int = 512) -> Layer:
 def test_smoothing_wins_ten_decibels_on_loud_channels():
     """1 % of the channels 100 times larger, W8A8 per token, alpha 0.5."""
     one = layer({7: 100.0, 90: 100.0}, size=200)
-    act, grid = member("act", "per_token", a=8).freeze(None), member("grid", "integer_symmetric", w=8, g=-1)
+    act, grid = member("act", "per_token", a=8).freeze({}), member("grid", "integer_symmetric", w=8, g=-1)
 
     def error(map: LinearMap) -> float:
         W, X = map.dual(one.W_OI), map.apply(one.X_TI)

@@ -84,7 +84,7 @@ def rounding_error(plan: Plan, group: Group, stream: Stream, kwargs: Kwargs) -> 
         W = linear.weight.float()
         params = grid.fit(W, None)
         linear.weight.copy_(grid.decode(grid.encode(W, params), params))
-    rounded.linear(group.layers[0].name).path.act = plan.method.act.freeze(None)
+    rounded.linear(group.layers[0].name).path.act = plan.method.act.freeze({})
     for one in (view, rounded):
         module = inspected(one, group)
         keep = module.register_forward_hook(

@@ -15,9 +15,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qexp.core.errors import UserError
-from qexp.core.words import FULL_BITS, Stats
+from qexp.core.words import FULL_BITS, Params
 from qexp.kernels.quantize import fake_quantize_per_token
+from qexp.stages.act._shared import check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,20 @@ class PerToken:
     clip: float
 
     version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         """Raise UserError for a width or clip that means nothing."""
-        if not 2 <= self.bits <= 8 and self.bits != FULL_BITS:
-            raise UserError(f"act.bits={self.bits}", f"2 to 8, or {FULL_BITS} for none", "bits.act=8")
-        if not 0 < self.clip <= 1:
-            raise UserError(f"act.clip={self.clip}", "a ratio in (0, 1]", "method.act.clip=1.0")
+        check_settings(self.bits, self.clip)
 
-    def freeze(self, stats: Stats | None) -> Callable[[Tensor], Tensor]:
+    def check(self, inputs: int) -> None:
+        """Take inputs of any width."""
+
+    def fit(self, low_I: Tensor, high_I: Tensor) -> Params:
+        """Keep nothing: the range is the passing token's."""
+        return {}
+
+    def freeze(self, kept: Params) -> Callable[[Tensor], Tensor]:
         """Return x [..., I] -> x̂ [..., I], same dtype; it looks at nothing but the token itself."""
         if self.bits >= FULL_BITS:
             return lambda x: x

@@ -1,0 +1,37 @@
+"""Activation quantizers with calibrated ranges: when ranges are taken, and what a search sees in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from qexp.core.stages import Act
+from qexp.core.words import FULL_BITS, Group, Stats
+from qexp.models.view import ModelView
+
+
+def is_calibrated(act: Act) -> bool:
+    """Return whether the quantizer keeps ranges of every input."""
+    return act.bits < FULL_BITS and "activations" in act.needs
+
+
+def calibrate(view: ModelView, act: Act, group: Group, stats: Stats | None) -> None:
+    """Keep the ranges of one input, behind all its maps, where the quantizer wants them."""
+    if is_calibrated(act):
+        assert stats is not None, "a calibrated quantizer without calibration"
+        view.linear(group.layers[0].name).path.ranges = act.fit(stats.low_I, stats.high_I)
+
+
+def search_quantizer(act: Act) -> Callable[[Tensor], Tensor] | None:
+    """Return what stands for ``act`` while maps are tried: each batch is quantized by its own ranges."""
+    if act.bits >= FULL_BITS:
+        return None
+    if not is_calibrated(act):
+        return act.freeze({})
+
+    def quantize(x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        return act.freeze(act.fit(rows.amin(0).float(), rows.amax(0).float()))(x)
+
+    return quantize
