@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qexp.core.maps import LinearMap
 from qexp.core.stages import Grid
-from qexp.core.words import Params, Quantized
+from qexp.core.words import FULL_BITS, Params, Quantized
 
 
 class InputPath:
@@ -28,6 +28,7 @@ class InputPath:
         self.maps: list[LinearMap] = []
         self.act: Callable[[Tensor], Tensor] | None = None
         self.ranges: Params = {}  # what a calibrated act quantizer keeps of this input
+        self.kept = 0  # last columns that are not quantized
         self.observer: Callable[[Tensor], None] | None = None
         self._forget()
 
@@ -67,11 +68,18 @@ class InputPath:
             x = step.apply(x)
         if self.observer is not None:
             self.observer(x)
-        return x if self.act is None else self.act(x)
+        if self.act is None:
+            return x
+        if not self.kept:
+            return self.act(x)
+        return torch.cat([self.act(x[..., : -self.kept]), x[..., -self.kept :]], dim=-1)
 
 
 class QuantLinear(nn.Module):
-    """``nn.Linear`` with an input path and, once installed, codes: weight [O, I] = decode(codes, params)."""
+    """``nn.Linear`` with an input path and, once installed, codes: weight [O, I] = decode(codes, params).
+
+    ``kept`` [O, K] are last columns without codes. ``unmap`` takes a map of the outputs back.
+    """
 
     def __init__(self, linear: nn.Linear, path: InputPath) -> None:
         super().__init__()
@@ -81,17 +89,29 @@ class QuantLinear(nn.Module):
         self.grid: Grid | None = None
         self.codes: Tensor | None = None
         self.params: Params = {}
+        self.kept: Tensor | None = None
+        self.unmap: LinearMap | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b for x [..., I] after the input path."""
-        return nn.functional.linear(self.path(x), self.weight, self.bias)
+        y = nn.functional.linear(self.path(x), self.weight, self.bias)
+        return y if self.unmap is None else self.unmap.undual(y)
 
     @torch.no_grad()
     def install(self, grid: Grid, quantized: Quantized) -> None:
         """Take codes and parameters; from now on the weight is what they decode to, in the layer's dtype."""
         self.grid, self.codes, self.params = grid, quantized.codes, quantized.params
-        decoded = grid.decode(quantized.codes, quantized.params)
-        self.weight.copy_(decoded.to(self.weight))
+        decoded = grid.decode(quantized.codes, quantized.params).to(self.weight)
+        self.kept = None if quantized.kept is None else quantized.kept.to(self.weight)
+        self.weight.copy_(decoded if self.kept is None else torch.cat([decoded, self.kept], dim=1))
+
+    def cost(self) -> float:
+        """Return stored bits per weight, kept columns included."""
+        if self.grid is None:
+            return float(FULL_BITS)
+        kept = 0 if self.kept is None else self.kept.shape[1]
+        columns = self.in_features - kept
+        return (self.grid.cost(self.out_features, columns) * columns + FULL_BITS * kept) / self.in_features
 
     def extra_repr(self) -> str:
         """Return shape and state for ``print(model)``."""

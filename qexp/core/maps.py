@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qexp.core.hadamard import State, hadamard_from_state
+from qexp.core.hadamard import State
 from qexp.core.placed import Placed, wide
 
 
@@ -104,147 +104,69 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
-class PerHead:
-    """The same inner map of size d on each d columns; rows may have any number of heads, ``heads`` fixes ``size``."""
+class Permutation:
+    """x_j -> column ``order[j]`` of x; order int32 or int64 [size] holds every column once."""
 
-    inner: LinearMap
-    heads: int
-
-    @property
-    def size(self) -> int:
-        """Number of columns on the side that has ``heads`` heads."""
-        return self.inner.size * self.heads
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Return x (I (x) A); x [..., h d] for any h, as grouped-query attention writes fewer heads than it reads."""
-        return self._each(self.inner.apply, x)
-
-    def dual(self, x: Tensor) -> Tensor:
-        """Return x (I (x) A^-T)."""
-        return self._each(self.inner.dual, x)
-
-    def undual(self, x: Tensor) -> Tensor:
-        """Return x (I (x) A^T)."""
-        return self._each(self.inner.undual, x)
-
-    def state(self) -> State:
-        """Return the inner map's state and the number of heads."""
-        return _pack("per_head", {"inner": self.inner}, {"heads": self.heads})
-
-    def _each(self, act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return act(x.reshape(*x.shape[:-1], -1, self.inner.size)).reshape(x.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class AcrossHeads:
-    """The inner map along the head axis of rows [heads * d]: columns at equal places in their heads are mixed."""
-
-    inner: LinearMap
-    head_size: int
+    order: Tensor
 
     @property
     def size(self) -> int:
         """Number of columns."""
-        return self.inner.size * self.head_size
+        return self.order.shape[0]
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return x (A (x) I)."""
-        return self._from_left(self._matrices[0].like(x).T, x)
+        """Return x with its columns in the new order."""
+        return x.index_select(-1, self._orders(x.device)[0])
 
-    def dual(self, x: Tensor) -> Tensor:
-        """Return x (A^-T (x) I)."""
-        return self._from_left(self._matrices[1].like(x).T, x)
+    dual = apply  # a permutation is orthogonal
 
     def undual(self, x: Tensor) -> Tensor:
-        """Return x (A^T (x) I)."""
-        return self._from_left(self._matrices[0].like(x), x)
+        """Return x with its columns put back."""
+        return x.index_select(-1, self._orders(x.device)[1])
 
     def state(self) -> State:
-        """Return the inner map's state and the head size."""
-        return _pack("across_heads", {"inner": self.inner}, {"head_size": self.head_size})
+        """Return the order."""
+        return "permutation", {"order": self.order}, {}
 
-    def _from_left(self, matrix: Tensor, x: Tensor) -> Tensor:
-        heads = wide(x).reshape(*x.shape[:-1], self.inner.size, self.head_size)
-        return (matrix @ heads).reshape(x.shape).to(x.dtype)
-
-    @property
-    def _matrices(self) -> tuple[Placed, Placed]:
-        return self._made() if any(t.requires_grad for t in self.inner.state()[1].values()) else self._kept
+    def _orders(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._placed[0].device != device:
+            self.__dict__["_placed"] = tuple(order.to(device) for order in self._placed)
+        return self._placed
 
     @cached_property
-    def _kept(self) -> tuple[Placed, Placed]:
-        with torch.inference_mode(False):  # kept: a later caller may need gradients through it
-            return self._made()
-
-    def _made(self) -> tuple[Placed, Placed]:
-        """Return the inner A and A^-T as matrices: from the left they cost a fifth of transposing the heads twice."""
-        eye = torch.eye(self.inner.size, dtype=torch.float64)
-        return Placed(self.inner.apply(eye)), Placed(self.inner.dual(eye))
+    def _placed(self) -> tuple[Tensor, Tensor]:
+        return self.order, torch.argsort(self.order)
 
 
 @dataclass(frozen=True, eq=False)
-class Chain:
-    """Maps of one size applied one after the other, first first."""
+class Kronecker:
+    """x -> x (A (x) B): rows viewed as X [p, q] become A^T X B, at p + q products an element instead of p q."""
 
-    maps: tuple[LinearMap, ...]
-
-    def __post_init__(self) -> None:
-        """Raise ValueError unless there is a map and all have one size."""
-        if len(sizes := {m.size for m in self.maps}) != 1:
-            raise ValueError(f"a chain needs maps of one size, got sizes {sorted(sizes)}")
+    left: Dense
+    right: Dense
 
     @property
     def size(self) -> int:
-        """Number of columns."""
-        return self.maps[0].size
+        """Number of columns, p q."""
+        return self.left.size * self.right.size
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return x A_1 A_2 ..."""
-        return reduce(lambda y, m: m.apply(y), self.maps, x)
+        """Return x (A (x) B)."""
+        return self._along(x, self.left.apply, self.right.apply)
 
     def dual(self, x: Tensor) -> Tensor:
-        """Return x A_1^-T A_2^-T ..."""
-        return reduce(lambda y, m: m.dual(y), self.maps, x)
+        """Return x (A^-T (x) B^-T)."""
+        return self._along(x, self.left.dual, self.right.dual)
 
     def undual(self, x: Tensor) -> Tensor:
-        """Return x ... A_2^T A_1^T."""
-        return reduce(lambda y, m: m.undual(y), reversed(self.maps), x)
+        """Return x (A^T (x) B^T)."""
+        return self._along(x, self.left.undual, self.right.undual)
 
     def state(self) -> State:
-        """Return the states of the maps, numbered."""
-        return _pack("chain", {str(i): m for i, m in enumerate(self.maps)}, {"count": len(self.maps)})
+        """Return the four matrices."""
+        sides = {"left": self.left.state()[1], "right": self.right.state()[1]}
+        return "kronecker", {f"{side}.{n}": t for side, parts in sides.items() for n, t in parts.items()}, {}
 
-
-def map_from_state(kind: str, tensors: dict[str, Tensor], numbers: dict[str, int | str]) -> LinearMap:
-    """Rebuild a map from what its ``state()`` returned. Raises: ValueError on an unknown kind."""
-    match kind:
-        case "hadamard":
-            return hadamard_from_state(tensors, numbers)
-        case "diagonal":
-            return Diagonal(tensors["a"])
-        case "dense":
-            return Dense(tensors["a"], tensors["a_inv"])
-        case "per_head":
-            return PerHead(_unpack("inner", tensors, numbers), int(numbers["heads"]))
-        case "across_heads":
-            return AcrossHeads(_unpack("inner", tensors, numbers), int(numbers["head_size"]))
-        case "chain":
-            return Chain(tuple(_unpack(str(i), tensors, numbers) for i in range(int(numbers["count"]))))
-    raise ValueError(f"unknown kind of linear map {kind!r}")
-
-
-def _pack(kind: str, children: dict[str, LinearMap], own: dict[str, int]) -> State:
-    """Return one flat state: each child's entries under its name and a dot."""
-    tensors, numbers = dict[str, Tensor](), dict[str, int | str](own)
-    for name, child in children.items():
-        numbers[f"{name}.kind"], inner_tensors, inner_numbers = child.state()
-        tensors |= {f"{name}.{key}": tensor for key, tensor in inner_tensors.items()}
-        numbers |= {f"{name}.{key}": number for key, number in inner_numbers.items()}
-    return kind, tensors, numbers
-
-
-def _unpack(name: str, tensors: dict[str, Tensor], numbers: dict[str, int | str]) -> LinearMap:
-    """Rebuild the child that :func:`_pack` stored under ``name``."""
-    inner_tensors = {key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{name}.")}
-    inner_numbers = {key.partition(".")[2]: n for key, n in numbers.items() if key.startswith(f"{name}.")}
-    return map_from_state(str(inner_numbers.pop("kind")), inner_tensors, inner_numbers)
+    def _along(self, x: Tensor, left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = right(wide(x).reshape(*x.shape[:-1], self.left.size, self.right.size))
+        return left(rows.transpose(-1, -2)).transpose(-1, -2).reshape(x.shape).to(x.dtype)

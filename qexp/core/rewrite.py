@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from qexp.core.errors import UserError
 from qexp.core.linear import QuantLinear
-from qexp.core.maps import LinearMap
+from qexp.core.maps import LinearMap, Permutation
 from qexp.core.norms import NORM, OFFSET_NORM, ScaledRmsNorm, bias_of, gain_of, set_gain
-from qexp.core.words import Insert, Site, Writer
+from qexp.core.words import Insert, Site, Split, Writer
 
 UNIT = 1e-12  # a folded gain g * (1 / g) is 1 up to the last bit
 
@@ -27,6 +27,8 @@ def insert(model: nn.Module, site: Site, change: Insert) -> bool:
     if site.kind == "query_key":
         _named(model, site.readers[0]).door.rotation = change.map
         return False
+    if site.kind == "output":
+        return _turn_output(_named(model, site.writers[0].name), site, change)
     folded = change.kind in site.admits
     if site.kind == "residual":
         _prepare_residual(model, site, change)
@@ -35,13 +37,39 @@ def insert(model: nn.Module, site: Site, change: Insert) -> bool:
             _write(_named(model, writer.name), writer, change)
     elif change.shift is not None:
         raise UserError(f"a shift at {site.name}, which has no writers to take it", "a site behind a norm")
-    if change.kind == "center":
-        return True
+    if change.kind != "center":
+        _give_readers(model, site, change, folded)
+    return folded
+
+
+def _give_readers(model: nn.Module, site: Site, change: Insert, folded: bool) -> None:
+    """Let the readers undo the change, which runs online in front of them where it is not folded."""
     for name in site.readers:
         _read(_named(model, name), change, folded)
-    if not folded:
-        _named(model, site.readers[0]).path.maps.append(change.map)
-    return folded
+    path = getattr(_named(model, site.readers[0]), "path", None)
+    if folded or path is None:
+        return
+    if path.kept:
+        raise UserError(
+            f"a map at {site.name} behind outlier_columns, which would mix the kept channels",
+            "outlier_columns last",
+            "method/transform=[..,outlier_columns]",
+        )
+    path.maps.append(change.map)
+
+
+def split(model: nn.Module, site: Site, change: Split) -> None:
+    """Put the kept channels of a site last, online, and out of reach of its quantizers."""
+    insert(model, site, Insert("permutation", Permutation(change.order)))
+    _named(model, site.readers[0]).path.kept = change.kept
+
+
+def _turn_output(linear: QuantLinear, site: Site, change: Insert) -> bool:
+    """Let a linear compute y A and take it back behind the product: A orthogonal, so that its inverse is known."""
+    assert change.kind in site.admits and change.shift is None and linear.unmap is None
+    _write(linear, site.writers[0], change)
+    linear.unmap = change.map
+    return False
 
 
 def _named(model: nn.Module, name: str) -> Any:
@@ -82,9 +110,15 @@ def _write(module: Any, writer: Writer, change: Insert) -> None:
     if writer.kind == "embedding":
         weight.copy_(apply(weight.double()))
         return
-    weight.copy_(apply(weight.double().T.contiguous()).T)
+    unmap: LinearMap | None = getattr(module, "unmap", None)
+
+    def written(rows: Tensor) -> Tensor:
+        """Return the outputs (rows) mapped, in front of a map that is taken back behind the product."""
+        return apply(rows) if unmap is None else unmap.apply(apply(unmap.undual(rows)))
+
+    weight.copy_(written(weight.double().T.contiguous()).T)
     if module.bias is not None:
-        module.bias.copy_(apply(module.bias.double()))
+        module.bias.copy_(written(module.bias.double()))
 
 
 def _or(value: float, products: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qexp.core.maps import LinearMap
-from qexp.core.words import Insert, Layer, Params, Quantized, Site, Stats
+from qexp.core.words import Insert, Layer, Params, Quantized, Site, Split, Stats
 
 Sensitivity = Callable[[Layer, int], float]
 
@@ -70,6 +70,11 @@ class Transform(Protocol):
         ...
 
     @property
+    def inserts(self) -> str:
+        """Return the kind of map it inserts in block scope, which tells where statistics are taken."""
+        ...
+
+    @property
     def after(self) -> tuple[str, ...]:
         """Return the names of transforms that must come before this one."""
         ...
@@ -78,8 +83,8 @@ class Transform(Protocol):
         """Return the sites this transform edits, in order."""
         ...
 
-    def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | None:
-        """Return the map to insert at ``site``, or None to leave it."""
+    def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | Split | None:
+        """Return the map to insert at ``site``, the channels to keep out, or None to leave it."""
         ...
 
 

@@ -65,10 +65,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes uint8 [O, I/D] and the parameters that decode them."""
+    """Codes uint8 [O, (I - K) / D], the parameters that decode them, and the last K columns if they have no codes."""
 
     codes: Tensor
     params: Params
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ class Writer:
 class Site:
     """An edge of the network between writers and readers, where an invertible map can be inserted.
 
-    ``kind`` is residual, attn_in, value, attn_out, mlp_in, mlp_mid, head_in or query_key (whose ``size`` is
-    that of one head); ``size`` its width; ``head_size`` the width of one head where it has heads; ``admits`` the
-    kinds of map that the writers can absorb (the rest goes online at the readers). ``norms`` stand between a residual
-    site and its readers.
+    ``kind`` is residual, attn_in, value, attn_out, mlp_in, mlp_mid, head_in, query_key (its ``size`` is that of one
+    head) or output (of one linear, undone behind it); ``size`` its width; ``head_size`` the width of one head where it
+    has heads; ``admits`` the kinds of map that the writers can absorb (the rest goes online at the readers). ``norms``
+    stand between a residual site and its readers.
     """
 
     name: str
@@ -113,6 +114,14 @@ class Insert:
     kind: str
     map: LinearMap
     shift: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Keep ``kept`` input channels of a site out of all quantization; ``order`` int64 [I] puts them last."""
+
+    order: Tensor
+    kept: int
 
 
 @dataclass

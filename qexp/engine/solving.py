@@ -14,12 +14,13 @@ from torch import Tensor
 
 from qexp.core.linear import QuantLinear
 from qexp.core.rng import generator
-from qexp.core.stages import Grid, Method
+from qexp.core.stages import Grid, Method, Solver
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
 from qexp.kernels.gram import add_gram
 from qexp.models.view import ModelView
 
 Grids = dict[str, Grid]
+KEPT_DAMPING = 0.01  # of the mean of diag H, as GPTQ damps
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,17 @@ def solve_group(plan: Plan, group: Group, stats: Stats | None) -> list[LayerRepo
 def _solve_stack(plan: Plan, stack: list[Layer], grid: Grid, stats: Stats | None) -> list[LayerReport]:
     linears = [plan.view.linear(layer.name) for layer in stack]
     W_OI = torch.cat([linear.weight.float() for linear in linears])
-    solved = plan.method.solver.solve(W_OI, stats, grid, generator(plan.seed, stack[0].name))
+    rng, kept = generator(plan.seed, stack[0].name), linears[0].path.kept
+    if kept:
+        solved = solve_beside(plan.method.solver, W_OI, kept, stats, grid, rng)
+    else:
+        solved = plan.method.solver.solve(W_OI, stats, grid, rng)
     reports, row = [], 0
     for layer, linear in zip(stack, linears, strict=True):
         rows = slice(row, row + layer.outputs)
         row += layer.outputs
-        own = Quantized(solved.codes[rows], {name: value[rows] for name, value in solved.params.items()})
+        params = {name: value[rows] for name, value in solved.params.items()}
+        own = Quantized(solved.codes[rows], params, None if solved.kept is None else solved.kept[rows])
         reports.append(_installed(layer, linear, own, grid, stats))
     return reports
 
@@ -74,7 +80,30 @@ def _installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, st
     D = linear.weight.float() - W
     error = None if stats is None else _quadratic(D, stats.H_II) / max(_quadratic(W, stats.H_II), 1e-30)
     sqnr = 10 * torch.log10(W.pow(2).sum() / D.pow(2).sum().clamp(min=1e-30))
-    return LayerReport(layer.name, grid.cost(layer.outputs, layer.inputs), error, float(sqnr))
+    return LayerReport(layer.name, linear.cost(), error, float(sqnr))
+
+
+def solve_beside(
+    solver: Solver, W_OI: Tensor, kept: int, stats: Stats | None, grid: Grid, rng: torch.Generator
+) -> Quantized:
+    """Quantize all but the last ``kept`` columns K, which then take up the errors E of the others.
+
+    The best answer of K is W_K + E H_QK H_KK⁻¹, and with it the others feel the Hessian H_QQ - H_QK H_KK⁻¹ H_KQ: what a
+    sweep that reaches K last would see of it, for any solver. Source: arXiv:2310.09259 section 3; methods/quik.md.
+    """
+    W_OQ, W_OK = W_OI[:, :-kept], W_OI[:, -kept:]
+    if stats is None:
+        solved = solver.solve(W_OQ, None, grid, rng)
+        return Quantized(solved.codes, solved.params, W_OK)
+    H = stats.H_II.double()
+    H_KK = H[-kept:, -kept:] + KEPT_DAMPING * H.diagonal().mean() * torch.eye(kept, dtype=H.dtype, device=H.device)
+    answer_QK = torch.linalg.solve(H_KK, H[-kept:, :-kept]).T  # H_QK H_KK⁻¹
+    H_QQ = H[:-kept, :-kept] - answer_QK @ H[-kept:, :-kept]
+    front = slice(0, len(H) - kept)
+    seen = Stats(stats.tokens, H_QQ.to(W_OI), stats.low_I[front], stats.high_I[front], stats.mean_abs_I[front])
+    solved = solver.solve(W_OQ, seen, grid, rng)
+    E_OQ = (W_OQ - grid.decode(solved.codes, solved.params)).double()
+    return Quantized(solved.codes, solved.params, (W_OK + E_OQ @ answer_QK).to(W_OI))
 
 
 def _quadratic(D: Tensor, H: Tensor) -> float:

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qexp.core.compound_maps import map_from_state
 from qexp.core.errors import UserError
-from qexp.core.maps import map_from_state
+from qexp.core.maps import LinearMap
 from qexp.core.words import BlockReport, LayerReport, Quantized
 from qexp.kernels.pack import pack_codes, unpack_codes
 
@@ -80,11 +81,18 @@ class Store:
 @torch.no_grad()
 def pack_block(view: ModelView, block: int, report: BlockReport) -> Finished:
     """Return the present state of a block as a :class:`Finished`."""
-    quantized, paths, ranges = {}, {}, {}
+    quantized, paths, ranges, kept = {}, {}, {}, {}
+    unmaps: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for group in view.groups(block):
         path = view.linear(group.layers[0].name).path
         paths[group.site] = [_map_facts(tensors, f"map.{group.site}.{i}", step) for i, step in enumerate(path.maps)]
+        kept[group.site] = path.kept
+        unmaps |= {
+            layer.name: _map_facts(tensors, f"unmap.{layer.name}", unmap)
+            for layer in group.layers
+            if (unmap := view.linear(layer.name).unmap) is not None
+        }
         ranges[group.site] = sorted(path.ranges)
         tensors |= {f"range.{group.site}.{name}": value.cpu().contiguous() for name, value in path.ranges.items()}
         for layer in group.layers:
@@ -98,10 +106,13 @@ def pack_block(view: ModelView, block: int, report: BlockReport) -> Finished:
             }
             tensors[f"codes.{layer.name}"] = pack_codes(linear.codes.cpu(), linear.grid.bits)
             tensors |= {f"params.{layer.name}.{k}": v.cpu().contiguous() for k, v in linear.params.items()}
+            if linear.kept is not None:
+                tensors[f"kept.{layer.name}"] = linear.kept.cpu().contiguous()
     weights = {f"{view.prefix}.{block}.{n}": p for n, p in view.blocks[block].named_parameters()}
     plain = {n: p for n, p in weights.items() if n.removesuffix(".weight") not in quantized}
     tensors |= {f"plain.{name}": p.detach().cpu().clone() for name, p in plain.items()}
-    facts = {"quantized": quantized, "paths": paths, "ranges": ranges, "report": asdict(report)}
+    facts = {"quantized": quantized, "paths": paths, "ranges": ranges, "kept": kept, "unmaps": unmaps}
+    facts["report"] = asdict(report)
     return Finished(tensors, facts)
 
 
@@ -109,6 +120,10 @@ def _map_facts(tensors: dict[str, Tensor], key: str, step: Any) -> dict[str, Any
     kind, parts, numbers = step.state()
     tensors |= {f"{key}.{name}": value.cpu().contiguous() for name, value in parts.items()}
     return {"kind": kind, "tensors": sorted(parts), "numbers": numbers}
+
+
+def _map_of(tensors: dict[str, Tensor], key: str, about: dict[str, Any]) -> LinearMap:
+    return map_from_state(about["kind"], {n: tensors[f"{key}.{n}"] for n in about["tensors"]}, about["numbers"])
 
 
 @torch.no_grad()
@@ -121,17 +136,18 @@ def install(view: ModelView, block: int, finished: Finished, grids: dict[str, An
     for site, steps in facts["paths"].items():
         group = next(g for g in view.groups(block) if g.site == site)
         path = view.linear(group.layers[0].name).path
-        path.maps = [
-            map_from_state(s["kind"], {n: tensors[f"map.{site}.{i}.{n}"] for n in s["tensors"]}, s["numbers"])
-            for i, s in enumerate(steps)
-        ]
+        path.maps = [_map_of(tensors, f"map.{site}.{i}", about) for i, about in enumerate(steps)]
+        path.kept = facts["kept"][site]
         path.ranges = {n: tensors[f"range.{site}.{n}"].to(view.model.device) for n in facts["ranges"][site]}
+    for name, about in facts["unmaps"].items():
+        view.linear(name).unmap = _map_of(tensors, f"unmap.{name}", about)
     for name, about in facts["quantized"].items():
         linear, grid = view.linear(name), grids[name]
         device = linear.weight.device
         codes = unpack_codes(tensors[f"codes.{name}"], grid.bits, about["columns"]).to(device)
         params = {k: tensors[f"params.{name}.{k}"].to(device) for k in about["params"]}
-        linear.install(grid, Quantized(codes, params))
+        kept = tensors.get(f"kept.{name}")
+        linear.install(grid, Quantized(codes, params, None if kept is None else kept.to(device)))
 
 
 def _set(view: ModelView, name: str, value: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from qexp.core import rewrite
 from qexp.core.rng import generator
 from qexp.core.stages import Method
-from qexp.core.words import Group, Site
+from qexp.core.words import Group, Insert, Site, Split
 from qexp.engine.capture import observe
 from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, Stream
@@ -33,7 +33,7 @@ def transform_model(view: ModelView, method: Method, seed: int) -> None:
             around = SiteSurroundings(view, site, None, None)
             change = transform.edit(site, around, generator(seed, name, site.name))
             if change is not None:
-                folded = rewrite.insert(view.model, site, change)
+                folded = _apply(view, site, change)
                 places[f"{site.kind} {'folded' if folded else 'online'}"] += 1
         log.info("%s: %s", name, ", ".join(f"{k} x{v}" for k, v in places.items()) or "nothing to do")
 
@@ -44,18 +44,26 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> N
     view = plan.view
     for name, transform in plan.method.stage("block"):
         sites = [site for site in transform.sites(view) if site.block == block]
-        behind = {site.name: _group_behind(view, site) for site in sites}
+        behind = {site.name: _group_behind(view, site) for site in sites if site.readers}
         groups = [group for group in view.groups(block) if group in behind.values()]
-        raw = {behind[site.name].site for site in sites if "diagonal" in site.admits}  # folded: in front of online maps
-        known = observe(view, block, groups, source, kwargs, raw) if groups else {}
+        folded = {site.name for site in sites if transform.inserts in site.admits}
+        raw = {behind[site].site for site in folded & behind.keys()}  # folded: in front of online maps
+        known = observe(view, block, groups, source, kwargs, raw) if groups and transform.needs else {}
         for site in sites:
-            group = behind[site.name]
-            record = partial(calls, view, group, source, kwargs)
-            damage = damage_oracle(plan, group, "diagonal" in site.admits, record, known[group.site])
-            around = SiteSurroundings(view, site, known[group.site], damage)
-            change = transform.edit(site, around, generator(plan.seed, name, site.name))
-            if change is not None:
-                rewrite.insert(view.model, site, change)
+            stats, damage = None, None
+            if site.name in behind and transform.needs:
+                group = behind[site.name]
+                stats, record = known[group.site], partial(calls, view, group, source, kwargs)
+                damage = damage_oracle(plan, group, site.name in folded, record, stats)
+            around = SiteSurroundings(view, site, stats, damage)
+            _apply(view, site, transform.edit(site, around, generator(plan.seed, name, site.name)))
+
+
+def _apply(view: ModelView, site: Site, change: Insert | Split | None) -> bool:
+    """Carry out what a transform wants of a site; return whether it was folded."""
+    if isinstance(change, Split):
+        rewrite.split(view.model, site, change)
+    return isinstance(change, Insert) and rewrite.insert(view.model, site, change)
 
 
 def _group_behind(view: ModelView, site: Site) -> Group:

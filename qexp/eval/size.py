@@ -15,10 +15,11 @@ def sizes(view: ModelView, method: Method) -> dict[str, float]:
     """Return the size/... metrics: bits_per_weight of the quantizable linears, bytes of the whole model, KV bytes."""
     linear_weights = sum(layer.weights for layer in view.layers)
     linear_bits = sum(_bits(view.linear(layer.name)) for layer in view.layers)
-    maps = {id(path): path for layer in view.layers if (path := view.linear(layer.name).path)}
-    online = sum(
-        t.numel() * t.element_size() for p in maps.values() for step in p.maps for t in step.state()[1].values()
-    )
+    linears = [view.linear(layer.name) for layer in view.layers]
+    paths = {id(linear.path): linear.path for linear in linears}.values()
+    maps = [step for path in paths for step in path.maps] + [one.unmap for one in linears if one.unmap is not None]
+    tensors = [t for step in maps for t in step.state()[1].values()] + [t for p in paths for t in p.ranges.values()]
+    online = sum(tensor.nbytes for tensor in tensors)
     parameters = sum(p.numel() for p in {id(p): p for p in view.model.parameters()}.values())
     others = (parameters - linear_weights) * FULL_BITS
     per_token = 2 * len(view.blocks) * view.kv_heads * view.head_size
@@ -34,5 +35,4 @@ def sizes(view: ModelView, method: Method) -> dict[str, float]:
 
 def _bits(layer: QuantLinear) -> float:
     """Return the stored bits of one layer's weight."""
-    weights = layer.in_features * layer.out_features
-    return weights * (FULL_BITS if layer.grid is None else layer.grid.cost(layer.out_features, layer.in_features))
+    return layer.in_features * layer.out_features * layer.cost()

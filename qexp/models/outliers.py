@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from qexp.core import rewrite
+from qexp.core.compound_maps import PerHead
 from qexp.core.errors import UserError
-from qexp.core.maps import Dense, Diagonal, PerHead
+from qexp.core.maps import Dense, Diagonal
 from qexp.core.norms import Center, unit_gain
 from qexp.core.rng import generator
 from qexp.core.words import Insert, Site

@@ -18,15 +18,15 @@ from transformers import PreTrainedModel
 from qexp.core.errors import UserError
 from qexp.core.linear import QuantLinear, replace_linears
 from qexp.core.norms import NORM, OFFSET_NORM, bias_of, gain_of
-from qexp.core.words import Group, Layer, Site, Writer
+from qexp.core.words import Group, Layer, Site
 from qexp.models import attention
 from qexp.models.families import Family, family_of
 from qexp.models.replay import Replays
+from qexp.models.sites import READERS, block_sites, model_site
 
 log = logging.getLogger(__name__)
 
 DOOR = "door"
-READERS = {"attn_in": ("q", "k", "v"), "attn_out": ("o",), "mlp_in": ("gate", "up"), "mlp_mid": ("down",)}
 
 
 class ModelView:
@@ -50,10 +50,11 @@ class ModelView:
             )
         replace_linears(model, [tuple(layer.name for layer in g.layers) for gs in self._groups for g in gs])
         for block in range(len(self.blocks) if self.has_door and self.family else 0):
-            setattr(model.get_submodule(self.path(block, self._family.attention)), DOOR, attention.Door())
+            setattr(model.get_submodule(self.path(block, self.described.attention)), DOOR, attention.Door())
 
     @property
-    def _family(self) -> Family:
+    def described(self) -> Family:
+        """Return the family. Raises: UserError for an architecture whose sites are not described."""
         if self.family is None:
             raise UserError(
                 f"a transform on {self.config.model_type}, whose sites are not described",
@@ -130,63 +131,10 @@ class ModelView:
 
     def sites(self, *kinds: str) -> list[Site]:
         """Return the sites of these kinds in forward order: residual and head_in first, then block by block."""
-        sites = [self._model_site(kind) for kind in kinds if kind in ("residual", "head_in")]
+        sites = [model_site(self, kind) for kind in kinds if kind in ("residual", "head_in")]
         inner = [kind for kind in kinds if kind not in ("residual", "head_in")]
-        return sites + [self._block_site(block, kind) for block in range(len(self.blocks)) for kind in inner]
-
-    def _model_site(self, kind: str) -> Site:
-        family, blocks = self._family, range(len(self.blocks))
-        final = Writer(family.final_norm, family.norm_kind)
-        if kind == "head_in":
-            size = self.config.hidden_size
-            return Site("head_in", kind, None, size, (final,), (family.head,), frozenset({"diagonal"}))
-        outputs = [self.path(b, family.linears[r]) for b in blocks for r in ("o", "down")]
-        readers = [
-            self.path(b, family.linears[r])
-            for b in blocks
-            for r in ("q", "k", "v", "gate", "up")
-            if r in family.linears
-        ]
-        norms = [
-            Writer(self.path(b, n), family.norm_kind) for b in blocks for n in (family.attention_norm, family.mlp_norm)
-        ]
-        writers = [Writer(e, "embedding") for e in family.embeddings] + [Writer(o, "linear") for o in outputs]
-        admits = (
-            frozenset()
-            if family.post_norms
-            else frozenset({"orthogonal"} | ({"center"} if family.layer_norm else set()))
-        )
-        return Site(
-            "residual", kind, None, self.config.hidden_size, tuple(writers), (*readers, family.head), admits,
-            norms=(*norms, final),
-        )  # fmt: skip
-
-    def _block_site(self, block: int, kind: str) -> Site:
-        family, d = self._family, self.head_size
-
-        def named(*roles: str) -> tuple[str, ...]:
-            return tuple(self.path(block, family.linears[r]) for r in roles if r in family.linears)
-
-        name, heads = f"{block}.{kind}", self.config.num_attention_heads
-        if kind in ("attn_in", "mlp_in"):
-            norm = family.attention_norm if kind == "attn_in" else family.mlp_norm
-            writers = (Writer(self.path(block, norm), family.norm_kind),)
-            readers = named(*READERS[kind])
-            return Site(name, kind, block, self.config.hidden_size, writers, readers, frozenset({"diagonal"}))
-        if kind == "value":
-            admits = {"per_head"} | ({"diagonal"} if heads == self.kv_heads else set())
-            writers = (Writer(named("v")[0], "linear"),)
-            return Site(name, kind, block, self.kv_heads * d, writers, named("o"), frozenset(admits), head_size=d)
-        if kind == "mlp_mid":
-            admits = {"diagonal"} if family.scalable_middle else set()
-            writers = (Writer(named("up")[0], "linear"),)
-            return Site(
-                name, kind, block, self.linear(named("down")[0]).in_features, writers, named("down"), frozenset(admits)
-            )
-        if kind == "attn_out":
-            return Site(name, kind, block, heads * d, (), named("o"), frozenset(), head_size=d)
-        assert kind == "query_key"
-        return Site(name, kind, block, d, (), (self.path(block, family.attention),), frozenset(), head_size=d)
+        blocks = range(len(self.blocks))
+        return sites + [site for block in blocks for kind in inner for site in block_sites(self, block, kind)]
 
     @torch.no_grad()
     def untie(self) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qexp.core.compound_maps import AcrossHeads, Chain, PerHead, map_from_state
 from qexp.core.hadamard import Hadamard, hadamard_from_state, randomized_hadamard
-from qexp.core.maps import AcrossHeads, Chain, Dense, Diagonal, LinearMap, PerHead, map_from_state
+from qexp.core.maps import Dense, Diagonal, Kronecker, LinearMap, Permutation
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -30,6 +31,8 @@ def maps() -> dict[str, LinearMap]:
         "fallback": randomized_hadamard(14, generator),
         "diagonal": Diagonal(draw(24).exp()),
         "dense": invertible(24, 1),
+        "permutation": Permutation(torch.randperm(24, generator=generator)),
+        "kronecker": Kronecker(invertible(4, 8), invertible(6, 9)),
         "per_head": PerHead(invertible(6, 2), 4),
         "across_heads": AcrossHeads(invertible(4, 3), 6),
         "full_from_parts": Chain((AcrossHeads(Hadamard(12, None), 2), PerHead(Hadamard(2, None), 12))),
@@ -119,3 +122,8 @@ def test_saved_maps_that_would_change_meaning_are_refused() -> None:
         map_from_state("spiral", {}, {})
     with pytest.raises(ValueError, match="sizes"):
         Chain((Hadamard(4, None), Hadamard(8, None)))
+
+
+def test_a_kronecker_map_is_the_kronecker_product() -> None:
+    left, right, x = invertible(4, 8), invertible(6, 9), draw(3, 24)
+    torch.testing.assert_close(Kronecker(left, right).apply(x), x @ torch.kron(left.a, right.a), rtol=0, atol=1e-12)

@@ -11,9 +11,10 @@ from toy_models import FAMILIES, POST_NORMS, distance, logits, tokens, view_of
 from toy_recipes import linear_of, path_of, recipe, transform, transform_named
 
 from qexp.core import rewrite
+from qexp.core.compound_maps import PerHead
 from qexp.core.errors import UserError
 from qexp.core.hadamard import Hadamard, randomized_hadamard
-from qexp.core.maps import Dense, PerHead
+from qexp.core.maps import Dense
 from qexp.core.rng import generator
 from qexp.core.words import Insert, Site
 from qexp.engine.surroundings import SiteSurroundings

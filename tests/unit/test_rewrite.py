@@ -8,8 +8,9 @@ from toy_models import FAMILIES, distance, logits, tokens, view_of
 from toy_recipes import linear_of, path_of, recipe, transform
 
 from qexp.core import rewrite
+from qexp.core.compound_maps import PerHead
 from qexp.core.errors import UserError
-from qexp.core.maps import Dense, Diagonal, PerHead
+from qexp.core.maps import Dense, Diagonal
 from qexp.core.norms import ScaledRmsNorm, gain_of
 from qexp.core.words import Insert
 

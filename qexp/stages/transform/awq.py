@@ -34,6 +34,7 @@ class Awq:
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
     after: ClassVar[tuple[str, ...]] = ()
+    inserts: ClassVar[str] = "diagonal"
     scope: ClassVar[str] = "block"
 
     def sites(self, model: Sites) -> list[Site]:

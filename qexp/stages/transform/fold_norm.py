@@ -28,6 +28,7 @@ class FoldNorm:
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[tuple[str, ...]] = ()
+    inserts: ClassVar[str] = "diagonal"
     scope: ClassVar[str] = "model"
 
     def sites(self, model: Sites) -> list[Site]:

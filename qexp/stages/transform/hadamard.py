@@ -16,8 +16,8 @@ from typing import ClassVar
 
 import torch
 
+from qexp.core.compound_maps import AcrossHeads, PerHead
 from qexp.core.hadamard import Hadamard, randomized_hadamard
-from qexp.core.maps import AcrossHeads, PerHead
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
 
@@ -41,6 +41,7 @@ class HadamardRotation:
 
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+    inserts: ClassVar[str] = "orthogonal"
     scope: ClassVar[str] = "model"
 
     @property

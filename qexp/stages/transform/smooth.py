@@ -34,6 +34,7 @@ class Smooth:
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
     after: ClassVar[tuple[str, ...]] = ()
+    inserts: ClassVar[str] = "diagonal"
     scope: ClassVar[str] = "block"
 
     def __post_init__(self) -> None:
