@@ -211,6 +211,10 @@ class Allocation(Protocol):
         """Return bits by layer name."""
         ...
 
+    def act_bits(self, layer: Layer, bits: int) -> int:
+        """Return the bits of a layer's input where the recipe has ``bits``."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:

@@ -48,7 +48,8 @@ class Group:
 class Stats:
     """Observations of one shared input over the calibration tokens, float32: they die with their block.
 
-    ``H_II`` is the mean over tokens of x xᵀ; least, greatest and mean absolute value are per channel.
+    ``H_II`` is the mean over tokens of x xᵀ; least, greatest and mean absolute value are per channel. ``rows_TI`` are
+    the tokens of the largest magnitudes, largest first.
     """
 
     tokens: int
@@ -56,6 +57,7 @@ class Stats:
     low_I: Tensor
     high_I: Tensor
     mean_abs_I: Tensor
+    rows_TI: Tensor
 
     @property
     def absmax_I(self) -> Tensor:

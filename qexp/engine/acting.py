@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
 
 from torch import Tensor
 
-from qexp.core.stages import Act
+from qexp.core.stages import Act, Method
 from qexp.core.words import FULL_BITS, Group, Stats
 from qexp.models.view import ModelView
+
+
+def act_of(method: Method, group: Group) -> Act:
+    """Return the activation quantizer of one input, at the bits its readers get."""
+    if method.act.bits >= FULL_BITS:
+        return method.act
+    bits = max(method.allocation.act_bits(layer, method.act.bits) for layer in group.layers)
+    return method.act if bits == method.act.bits else replace(cast("Any", method.act), bits=bits)
 
 
 def is_calibrated(act: Act) -> bool:

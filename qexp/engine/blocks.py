@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS, BlockReport
-from qexp.engine.acting import calibrate, is_calibrated
+from qexp.engine.acting import act_of, calibrate, is_calibrated
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
 from qexp.engine.solving import Plan, plan_of, solve_group
@@ -56,16 +56,16 @@ def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -
 
 def quantize_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> Finished:
     """Return a block transformed and solved; ``source`` (may be empty) feeds the statistics."""
-    view, began = plan.view, time.perf_counter()
+    view, method, began = plan.view, plan.method, time.perf_counter()
     groups = view.groups(block)
     transform_block(plan, block, source, kwargs)
     report = BlockReport(index=block, seconds=0.0)
-    in_turn = bool(source) and plan.method.inputs == "quantized"
+    in_turn = bool(source) and method.inputs == "quantized"
     known = observe(view, block, groups, source, kwargs) if source and not in_turn else {}
     for group in groups:
         if in_turn:
             known = observe(view, block, [group], source, kwargs)
-        calibrate(view, plan.method.act, group, known.get(group.site))
+        calibrate(view, act_of(method, group), group, known.get(group.site))
         report.layers += solve_group(plan, group, known.get(group.site))
         if in_turn:
             view.finish(group)
@@ -79,7 +79,7 @@ def activate(view: ModelView, blocks: Iterable[int], method: Method) -> None:
         for group in view.groups(block):
             if method.act.bits < FULL_BITS:
                 path = view.linear(group.layers[0].name).path
-                path.act = method.act.freeze(path.ranges)
+                path.act = act_of(method, group).freeze(path.ranges)
         door = view.door(block)
         if door is not None and method.kv.bits < FULL_BITS:
             door.kv = method.kv

@@ -17,6 +17,8 @@ from qexp.engine.streams import Kwargs, StopForward, Stream, answers
 from qexp.kernels.gram import add_gram, mirrored
 from qexp.models.view import ModelView
 
+ROWS = 512  # of the loudest tokens: peaks are what rotations are made for
+
 
 class _Sums:
     """Running sums of one input; ``last`` stops the forward after this input."""
@@ -28,6 +30,7 @@ class _Sums:
         self.low = torch.full((size,), torch.inf, device=device)
         self.high = -self.low
         self.total = torch.zeros(size, dtype=torch.float64, device=device)
+        self.rows = torch.empty(0, size, device=device)
 
     def __call__(self, x: Tensor) -> None:
         """Add the rows of x [..., I]."""
@@ -37,8 +40,15 @@ class _Sums:
         self.low = torch.minimum(self.low, flat.amin(0).float())
         self.high = torch.maximum(self.high, flat.amax(0).float())
         self.total += flat.abs().float().sum(0)
+        self._keep_largest(flat)
         if self.last:
             raise StopForward
+
+    def _keep_largest(self, flat: Tensor) -> None:
+        """Keep the rows of the largest magnitudes among those kept and the new ones."""
+        some = flat[flat.abs().amax(1).topk(min(ROWS, len(flat))).indices].float()
+        both = torch.cat([self.rows, some])
+        self.rows = both[both.abs().amax(1).topk(min(ROWS, len(both))).indices]
 
     def stats(self) -> Stats:
         if not self.tokens:
@@ -50,7 +60,7 @@ class _Sums:
                 "another calibration, or model.dtype=float32",
             )
         H_II, mean = (mirrored(self.H) / self.tokens).float(), (self.total / self.tokens).float()
-        return Stats(self.tokens, H_II, self.low, self.high, mean)
+        return Stats(self.tokens, H_II, self.low, self.high, mean, self.rows)
 
 
 @torch.no_grad()

@@ -100,7 +100,8 @@ def solve_beside(
     answer_QK = torch.linalg.solve(H_KK, H[-kept:, :-kept]).T  # H_QK H_KK⁻¹
     H_QQ = H[:-kept, :-kept] - answer_QK @ H[-kept:, :-kept]
     front = slice(0, len(H) - kept)
-    seen = Stats(stats.tokens, H_QQ.to(W_OI), stats.low_I[front], stats.high_I[front], stats.mean_abs_I[front])
+    columns = {name: getattr(stats, name)[..., front] for name in ("low_I", "high_I", "mean_abs_I", "rows_TI")}
+    seen = Stats(tokens=stats.tokens, H_II=H_QQ.to(W_OI), **columns)
     solved = solver.solve(W_OQ, seen, grid, rng)
     E_OQ = (W_OQ - grid.decode(solved.codes, solved.params)).double()
     return Quantized(solved.codes, solved.params, (W_OK + E_OQ @ answer_QK).to(W_OI))

@@ -19,7 +19,7 @@ from qexp.core.maps import LinearMap
 from qexp.core.rewrite import reader_weight, undo
 from qexp.core.stages import Grid
 from qexp.core.words import Group, Site, Stats
-from qexp.engine.acting import search_quantizer
+from qexp.engine.acting import act_of, search_quantizer
 from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, StopForward, Stream, answers
 from qexp.models.view import ModelView
@@ -121,7 +121,7 @@ def damage_oracle(
 
     Where the module is a linear and its input is not rounded, the ``stats`` of that input say it all: no forward.
     """
-    view, act = plan.view, plan.method.act
+    view, act = plan.view, act_of(plan.method, group)
     module, layers = inspected(view, group), [view.linear(layer.name) for layer in group.layers]
     path, quantizer = layers[0].path, search_quantizer(act)
     if stats is not None and layers == [module] and quantizer is None:

@@ -21,7 +21,7 @@ def problem(seed: int) -> tuple[Tensor, Stats]:
     X_TI = torch.randn(160, 64, generator=rng) @ torch.randn(64, 64, generator=rng) / 8
     X_TI *= torch.randn(64, generator=rng).exp()
     low, high, mean = X_TI.amin(0), X_TI.amax(0), X_TI.abs().mean(0)
-    stats = Stats(tokens=160, H_II=X_TI.T @ X_TI / 160, low_I=low, high_I=high, mean_abs_I=mean)
+    stats = Stats(tokens=160, H_II=X_TI.T @ X_TI / 160, low_I=low, high_I=high, mean_abs_I=mean, rows_TI=X_TI)
     return torch.randn(24, 64, generator=rng), stats
 
 

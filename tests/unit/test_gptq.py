@@ -46,7 +46,7 @@ def layer(outputs: int = 12, inputs: int = 48, seed: int = 0, tokens: int = 200)
 
 
 def solve(solver: Gptq | Rtn, W_OI: Tensor, H_II: Tensor, grid: Integer = GRID) -> Quantized:
-    stats = Stats(tokens=1, H_II=H_II, low_I=-H_II[0], high_I=H_II[0], mean_abs_I=H_II[0])
+    stats = Stats(tokens=1, H_II=H_II, low_I=-H_II[0], high_I=H_II[0], mean_abs_I=H_II[0], rows_TI=H_II)
     return solver.solve(W_OI, stats, grid, torch.Generator())
 
 

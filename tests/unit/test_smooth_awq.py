@@ -93,7 +93,7 @@ class Layer:
     @property
     def stats(self) -> Stats:
         X = self.X_TI
-        return Stats(len(X), X.T @ X / len(X), X.amin(0), X.amax(0), X.abs().mean(0))
+        return Stats(len(X), X.T @ X / len(X), X.amin(0), X.amax(0), X.abs().mean(0), X)
 
     def damage(self, candidate: LinearMap) -> float:
         """Rounding with one scale per 128 columns."""

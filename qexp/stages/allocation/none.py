@@ -19,3 +19,7 @@ class NoAllocation:
     def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
         """Return 16 bits by layer name."""
         return {layer.name: FULL_BITS for layer in layers}
+
+    def act_bits(self, layer: Layer, bits: int) -> int:
+        """Return the bits of a layer's input: what all others have."""
+        return bits

@@ -21,3 +21,7 @@ class Uniform:
     def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
         """Return bits by layer name."""
         return {layer.name: self.bits for layer in layers}
+
+    def act_bits(self, layer: Layer, bits: int) -> int:
+        """Return the bits of a layer's input: what all others have."""
+        return bits

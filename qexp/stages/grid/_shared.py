@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from qexp.core.errors import NumericalError
+from qexp.core.errors import NumericalError, UserError
+from qexp.core.words import FULL_BITS, Layer
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +21,17 @@ Range = tuple[Tensor, Tensor]
 """The lower and upper end of every slice, each [O, G], with zero between them."""
 
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
-
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # stays in a core's cache; fills a GPU without filling its memory
+
+
+def check_shape(bits: int, group: int, layer: Layer) -> None:
+    """Raise UserError for a width that means nothing, or a group that does not divide the layer's columns."""
+    if not 2 <= bits <= 8 and bits != FULL_BITS:
+        raise UserError(f"grid.bits={bits}", f"2 to 8, or {FULL_BITS} for none", "bits.weight=4")
+    if group < -1 or (group > 0 and layer.inputs % group):
+        fits = max(g for g in range(1, layer.inputs + 1) if layer.inputs % g == 0 and g <= max(group, 1))
+        got = f"grid.group={group} does not divide in_features={layer.inputs} of {layer.name}"
+        raise UserError(got, f"a divisor of {layer.inputs}", f"bits.group={fits} or -1")
 
 
 def slices(W_OJ: Tensor, group: int) -> Tensor:

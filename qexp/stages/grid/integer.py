@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qexp.core.errors import NumericalError, UserError, choose
-from qexp.core.words import FULL_BITS, Layer, Params
+from qexp.core.words import Layer, Params
 from qexp.stages.grid import _shared as shared
 from qexp.stages.grid._shared_sweep import sweep
 
@@ -68,14 +68,9 @@ class Integer:
         choose("grid.symmetry", self.symmetry, SYMMETRIES, "method.grid.symmetry")
         choose("grid.range", self.range, RANGES, "method.grid.range")
         choose("grid.scale_dtype", self.scale_dtype, shared.SCALE_BITS, "method.grid.scale_dtype")
-        if not 2 <= self.bits <= 8 and self.bits != FULL_BITS:
-            raise UserError(f"grid.bits={self.bits}", f"2 to 8, or {FULL_BITS} for none", "bits.weight=4")
+        shared.check_shape(self.bits, self.group, layer)
         if self.group == 0 and self.range == "output":
             raise UserError("grid.range=output with group=0", "a row or group to measure", "bits.group=-1")
-        if self.group < -1 or (self.group > 0 and layer.inputs % self.group):
-            fits = max(g for g in range(1, layer.inputs + 1) if layer.inputs % g == 0 and g <= max(self.group, 1))
-            got = f"grid.group={self.group} does not divide in_features={layer.inputs} of {layer.name}"
-            raise UserError(got, f"a divisor of {layer.inputs}", f"bits.group={fits} or -1")
 
     def fit(self, W_OJ: Tensor, H_JJ: Tensor | None) -> Params:
         """Return scale [O, G] (and zero) for a weight or a slice of whole groups.
