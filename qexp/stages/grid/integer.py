@@ -38,13 +38,14 @@ class Integer:
 
     Scales are rounded to ``scale_dtype`` before any code is derived; float32 leaves the arithmetic's own dtype (so
     float64 weights get exact scales). ``minmax_roles`` are roles of layers that keep the plain range;
-    ``shrink_steps`` candidates 1 - i / ``shrink_grid`` are searched.
+    ``shrink_steps`` candidates 1 - i / ``shrink_grid`` are searched; ``clip`` multiplies a plain range.
     """
 
     bits: int
     group: int
     symmetry: str
     range: str
+    clip: float
     shrink_grid: int
     shrink_steps: int
     exponent: float
@@ -67,6 +68,8 @@ class Integer:
         """Raise UserError if a setting is unknown or the layer's shape does not fit."""
         choose("grid.symmetry", self.symmetry, SYMMETRIES, "method.grid.symmetry")
         choose("grid.range", self.range, RANGES, "method.grid.range")
+        if not 0 < self.clip <= 1:
+            raise UserError(f"grid.clip={self.clip}", "a ratio in (0, 1]", "method.grid.clip=1.0")
         choose("grid.scale_dtype", self.scale_dtype, shared.SCALE_BITS, "method.grid.scale_dtype")
         shared.check_shape(self.bits, self.group, layer)
         if self.group == 0 and self.range == "output":
@@ -125,7 +128,7 @@ class Integer:
         if H_JJ is None:  # only in a search that rounds candidates: a solver gets the Hessian (``needs``)
             rule = {"diag_h": "mse", "output": "minmax"}.get(rule, rule)
         if rule == "minmax":
-            return shared.extremes(W_OGg)
+            return shared.shrink(shared.extremes(W_OGg), self.clip)
         change = shared.clip if rule == "output" else shared.shrink
         candidates = [partial(change, ratio=1 - i / self.shrink_grid) for i in range(self.shrink_steps)]
         H_JJ = None if H_JJ is None else H_JJ.to(W_OJ.dtype)

@@ -26,10 +26,14 @@ AUTO = tuple(0.30 + 0.05 * i for i in range(14))
 
 @dataclass(frozen=True, kw_only=True)
 class Smooth:
-    """``alpha`` in [0, 1] or "auto": the share of the difficulty that moves to the weights; ``places``: site kinds."""
+    """``alpha`` in [0, 1] or "auto": the share of the difficulty that moves to the weights; ``places``: site kinds.
+
+    ``online`` divides also where nothing in front of the site can absorb it.
+    """
 
     alpha: float | str
     places: Sequence[str]
+    online: bool
 
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
@@ -43,8 +47,8 @@ class Smooth:
             raise UserError(f"alpha={self.alpha}", "a number from 0 to 1, or auto", "method.transform.smooth.alpha=0.5")
 
     def sites(self, model: Sites) -> list[Site]:
-        """Return the configured sites whose writers can absorb a diagonal."""
-        return [site for site in model.sites(*self.places) if "diagonal" in site.admits]
+        """Return the configured sites, only those whose writers can absorb a diagonal unless ``online``."""
+        return [site for site in model.sites(*self.places) if self.online or "diagonal" in site.admits]
 
     def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | None:
         """Return the diagonal 1 / s, s float32 [I]."""
