@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_alone import ROOT, SANITIZERS, run_alone
+from core_alone import ROOT, address, run_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int4_cases import TIERS, Case, draw, error, forced, tiers
@@ -203,12 +203,6 @@ def test_floors_run(tier: str) -> None:
 # ---- what only a compiler or a disassembler can show ---------------------------------------------------------------
 
 CORE = ("dispatch", "int4", "prepack", "gemm", "floors")
-UNCHECKED = ["-O1", "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0"]
-
-
-def extra(path: Path) -> list[str]:
-    """Return the sanitizers of one source; the vector tiers, pure intrinsics, would take minutes with UBSan."""
-    return UNCHECKED if path.stem.rpartition("_")[2] in build.X86 else SANITIZERS["address"]
 
 
 @pytest.mark.slow
@@ -221,7 +215,7 @@ def test_the_core_alone(mode: str, tmp_path: Path) -> None:
     names = [f"{name}_{tier}" for name in ("gemm", "floors") for tier in (*TIERS, "avx512bf16")]
     core = [path for path in (ROOT / "cpu" / f"{name}.cpp" for name in (*CORE, *names)) if path.exists()]
     words = [] if mode == "plain" else ["short"]
-    run_alone(tmp_path, "gemm", core, mode, extra if mode == "address" else None, words)
+    run_alone(tmp_path, "gemm", core, mode, address if mode == "address" else None, words)
 
 
 @pytest.mark.slow
