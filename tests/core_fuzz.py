@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from qexp.kernels import build
 INSTRUMENTED = ["-O1", "-fno-sanitize-recover=all", "-Wno-unknown-warning-option"]
 # What a program is linked with decides whether it holds libFuzzer's main.
 LINKED = "-fsanitize=fuzzer,address,undefined"
+OPTIONS = ["-max_len=512", "-len_control=0", "-print_final_stats=1"]
 
 
 def core() -> list[Path]:
@@ -34,8 +36,16 @@ def flags(path: Path) -> list[str]:
     return [*INSTRUMENTED, "-fsanitize=fuzzer-no-link,address" + ("" if vectors else ",undefined")]
 
 
+def has_runtime(compiler: str, folder: Path) -> bool:
+    """Return whether the compiler comes with libFuzzer, which Debian packs apart."""
+    source = folder / "nothing.cpp"
+    source.write_text('extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }')
+    command = [compiler, LINKED, str(source), "-o", str(folder / "nothing")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def fuzzer(folder: Path, compiler: str) -> Path:
-    """Build the fuzzer in a folder; raises CalledProcessError, also where clang comes without its runtime library."""
+    """Build the fuzzer in a folder."""
     tests = [path for path in sorted((ROOT / "tests").glob("fuzz*.cpp")) if path.stem != "fuzz_main"]
     link_alone(folder / "fuzzer", [compiler], [*core(), *tests], flags, [LINKED])
     return folder / "fuzzer"
@@ -49,7 +59,7 @@ def main(seconds: str) -> None:
     kept = ROOT.parent / "outputs" / "fuzz"
     (kept / "corpus").mkdir(parents=True, exist_ok=True)
     program = fuzzer(Path(tempfile.mkdtemp(prefix="qexp-fuzz-")), compiler)
-    options = [f"-max_total_time={seconds}", "-max_len=512", "-len_control=0", "-print_final_stats=1", f"-artifact_prefix={kept}/"]
+    options = [f"-max_total_time={seconds}", *OPTIONS, f"-artifact_prefix={kept}/"]
     os.execv(program, [str(program), *options, str(kept / "corpus")])
 
 
