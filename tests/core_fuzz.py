@@ -1,4 +1,4 @@
-"""Fuzzes the CPU core with libFuzzer: ``python tests/core_fuzz.py SECONDS`` (``make fuzz``) goes on where it stopped."""
+"""Fuzzes the CPU core: ``python tests/core_fuzz.py SECONDS``, or ``make fuzz``, goes on where it was."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def core() -> list[Path]:
 
 def clang() -> str | None:
     """Return the name of a clang++, if there is one."""
-    return next((name for name in ("clang++", *(f"clang++-{v}" for v in range(22, 12, -1))) if shutil.which(name)), None)
+    names = ("clang++", *(f"clang++-{version}" for version in range(22, 12, -1)))
+    return next((name for name in names if shutil.which(name)), None)
 
 
 def flags(path: Path) -> list[str]:
