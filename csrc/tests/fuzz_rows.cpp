@@ -142,9 +142,10 @@ void had_quant_rows(Call& call, Input& input) {
 
 void code_rows(Call& call, Input& input) {
     const int64_t what = input.number(0, 2);  // quantize, dequantize, both in one
-    const Rows rows(call, input, what == 2 ? input.number(1, 300) : 8 * input.number(1, 64));
+    const bool any = what == 2 && input.flag();  // else a width that the vectors of most tiers divide
+    const Rows rows(call, input, any ? input.number(1, 300) : (input.flag() ? 32 : 8) * input.number(1, 16));
     const int bits = what == 2 ? static_cast<int>(input.number(2, 8)) : input.pick({2, 4, 8});
-    const int64_t group = divisor(input, rows.n);
+    const int64_t group = input.flag() ? rows.n : divisor(input, rows.n);
     const GridRule rule{bits, input.flag(), what == 2 && input.flag(), clip_of(input)};
     rows.fill(input);
     describe(call, "part %d rows=%d stride=%d n=%d dtype=%d bits=%d group=%d symmetric=%d widen=%d clip=%g",
