@@ -4,6 +4,7 @@
 VENV  ?= .venv
 TORCH ?= torch==2.13.0
 DEMO  ?= outputs/demo
+FUZZ_SECONDS ?= 600
 
 # $(VENV)/bin first: what the recipes below start (qexp, compilers' helpers) comes from this environment.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -16,7 +17,7 @@ CI    := not gpu and not bench
 TESTS ?= -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo test test-fast test-slow test-gpu check fmt bench clean
+.PHONY: help install kernels demo test test-fast test-slow test-gpu fuzz check fmt bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -57,6 +58,9 @@ test-slow: kernels ## the slow tests alone
 
 test-gpu: install ## what needs a CUDA device
 	$(PY) -m pytest -q -m gpu
+
+fuzz: install ## coverage-guided fuzzing of csrc/cpu for FUZZ_SECONDS (600), needs clang; inputs stay in outputs/fuzz
+	$(PY) tests/core_fuzz.py "$(FUZZ_SECONDS)"
 
 check: install ## ruff, ruff format, mypy strict on qexp, fast tests
 	$(PY) -m ruff check .

@@ -31,7 +31,8 @@ inline Grid asymmetric_grid(Range range, const qexp::GridRule& rule) {
     const float top = static_cast<float>((1 << rule.bits) - 1);
     const float floor = larger(-low, high) * kEpsilon + kTiny;  // so that a constant row c comes out as c
     const float scale = larger((high - low) * rule.clip / top, floor);
-    return {scale, 1.0f / scale, __builtin_nearbyintf(-low * rule.clip / scale)};
+    // + 0 makes 0 of -0: which of two zeros is the least of a group depends on the order in which a tier looks.
+    return {scale, 1.0f / scale, __builtin_nearbyintf(-low * rule.clip / scale) + 0.0f};
 }
 
 inline Grid grid_of(Range range, const qexp::GridRule& rule) {

@@ -120,7 +120,8 @@ template <class V, int R, int C>
 inline QEXP_INLINE void begin_group(typename V::Int (&acc)[R][C], const TileTask& t, int64_t g) {
     if (t.first) {
         times<R>([&](auto r) QEXP_INLINE {
-            const auto start = V::broadcast_int(-8 * t.sums[g * R + r]);
+            const auto sum = static_cast<uint32_t>(t.sums[g * R + r]);  // the caller's, of any size: this must wrap
+            const auto start = V::broadcast_int(static_cast<int32_t>(-8u * sum));
             times<C>([&](auto c) QEXP_INLINE { acc[r][c] = start; });
         });
     } else {

@@ -21,7 +21,7 @@ inline void round_column(const qexp::Sweep& s, int64_t k, int64_t begin, int64_t
     const float far = 2.0f * s.top + 2.0f;  // beyond it every zero point clamps to the same end
     for (int64_t r = begin; r < end; ++r) {
         const float code = clamped(round_even(clamped(target[r] / scale[r], -far, far)) + zero[r], 0.0f, s.top);
-        codes[r] = static_cast<uint8_t>(code);
+        codes[r] = static_cast<uint8_t>(code > 0.0f ? code : 0.0f);  // 0 for NaN, whose conversion is undefined
         error[r] -= (code - zero[r]) * scale[r];
     }
 }

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from core_alone import ROOT, SANITIZERS, run_alone
+from core_alone import ROOT, address, run_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int4_cases import TIERS, Case, draw, error, forced, tiers
@@ -203,12 +200,6 @@ def test_floors_run(tier: str) -> None:
 # ---- what only a compiler or a disassembler can show ---------------------------------------------------------------
 
 CORE = ("dispatch", "int4", "prepack", "gemm", "floors")
-UNCHECKED = ["-O1", "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0"]
-
-
-def extra(path: Path) -> list[str]:
-    """Return the sanitizers of one source; the vector tiers, pure intrinsics, would take minutes with UBSan."""
-    return UNCHECKED if path.stem.rpartition("_")[2] in build.X86 else SANITIZERS["address"]
 
 
 @pytest.mark.slow
@@ -221,32 +212,4 @@ def test_the_core_alone(mode: str, tmp_path: Path) -> None:
     names = [f"{name}_{tier}" for name in ("gemm", "floors") for tier in (*TIERS, "avx512bf16")]
     core = [path for path in (ROOT / "cpu" / f"{name}.cpp" for name in (*CORE, *names)) if path.exists()]
     words = [] if mode == "plain" else ["short"]
-    run_alone(tmp_path, "gemm", core, mode, extra if mode == "address" else None, words)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="disassembles x86 code")
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump (binutils) on this machine")
-@pytest.mark.parametrize("tier", ["avxvnni", "avx512vnni"])
-def test_inner_loops_stay_in_registers(tier: str, tmp_path: Path) -> None:
-    """No loop that multiplies touches the stack, and the AVX-VNNI tier uses the VEX form alone."""
-    source, target = ROOT / "cpu" / f"gemm_{tier}.cpp", tmp_path / "tile.o"
-    subprocess.run([*build.compiler(), *build.flags(source), "-c", source, "-o", target], check=True)
-    listing = subprocess.run(["objdump", "-d", target], capture_output=True, text=True, check=True).stdout
-    loops = [body for body in innermost_loops(listing) if any("vpdpbusd" in line for line in body)]
-    assert len(loops) >= 10  # one for each count of rows, direct and panel
-    assert [body for body in loops if any("rsp" in line or "rbp" in line for line in body)] == []
-    if tier == "avxvnni":
-        assert "zmm" not in listing and "{vex} vpdpbusd" in listing
-
-
-def innermost_loops(listing: str) -> Iterator[list[str]]:
-    """Yield the lines between each backward jump and its target that contain no other such stretch."""
-    for function in listing.split("\n\n"):
-        lines = [line for line in function.splitlines() if line.startswith(" ")]
-        at = {line.split(":")[0].strip(): i for i, line in enumerate(lines)}
-        jumps = [(line.split()[-2], i) for i, line in enumerate(lines) if "\tj" in line and "<" in line]
-        spans = [(at[to], i) for to, i in jumps if to in at and at[to] <= i]
-        for first, last in spans:
-            if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans):
-                yield lines[first : last + 1]
+    run_alone(tmp_path, "gemm", core, mode, address if mode == "address" else None, words)
