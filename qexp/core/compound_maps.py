@@ -139,8 +139,7 @@ def map_from_state(kind: str, tensors: dict[str, Tensor], numbers: Numbers) -> L
 
 
 def _kronecker(tensors: dict[str, Tensor], _numbers: Numbers) -> Kronecker:
-    left, right = (Dense(tensors[f"{side}.a"], tensors[f"{side}.a_inv"]) for side in ("left", "right"))
-    return Kronecker(left, right)
+    return Kronecker(Dense(tensors["left.a"]), Dense(tensors["right.a"]))
 
 
 def _pack(kind: str, children: dict[str, LinearMap], own: dict[str, int]) -> State:
@@ -163,7 +162,7 @@ def _unpack(name: str, tensors: dict[str, Tensor], numbers: Numbers) -> LinearMa
 _MAKERS: dict[str, Callable[[dict[str, Tensor], Numbers], LinearMap]] = {
     "hadamard": hadamard_from_state,
     "diagonal": lambda tensors, _: Diagonal(tensors["a"]),
-    "dense": lambda tensors, _: Dense(tensors["a"], tensors["a_inv"]),
+    "dense": lambda tensors, _: Dense(tensors["a"]),
     "permutation": lambda tensors, _: Permutation(tensors["order"]),
     "kronecker": _kronecker,
     "per_head": lambda tensors, numbers: PerHead(_unpack("inner", tensors, numbers), int(numbers["heads"])),

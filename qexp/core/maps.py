@@ -72,10 +72,10 @@ class Diagonal:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """x -> x A for a matrix A [size, size] given with its inverse."""
+    """x -> x A for a matrix A [size, size]; its inverse is computed when asked for, in float64, unless it is given."""
 
     a: Tensor
-    a_inv: Tensor
+    a_inv: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -84,23 +84,27 @@ class Dense:
 
     def apply(self, x: Tensor) -> Tensor:
         """Return x A."""
-        return (wide(x) @ self._placed[0].like(x)).to(x.dtype)
+        return (wide(x) @ self._placed.like(x)).to(x.dtype)
 
     def dual(self, x: Tensor) -> Tensor:
         """Return x A^-T."""
-        return (wide(x) @ self._placed[1].like(x).T).to(x.dtype)
+        return (wide(x) @ self._inverse.like(x).T).to(x.dtype)
 
     def undual(self, x: Tensor) -> Tensor:
         """Return x A^T."""
-        return (wide(x) @ self._placed[0].like(x).T).to(x.dtype)
+        return (wide(x) @ self._placed.like(x).T).to(x.dtype)
 
     def state(self) -> State:
-        """Return the matrix and its inverse."""
-        return "dense", {"a": self._placed[0].tensor, "a_inv": self._placed[1].tensor}, {}
+        """Return the matrix."""
+        return "dense", {"a": self._placed.tensor}, {}
 
     @cached_property
-    def _placed(self) -> tuple[Placed, Placed]:
-        return Placed(self.a), Placed(self.a_inv)
+    def _placed(self) -> Placed:
+        return Placed(self.a)
+
+    @cached_property
+    def _inverse(self) -> Placed:
+        return Placed(torch.linalg.inv(self.a.double()) if self.a_inv is None else self.a_inv)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +167,7 @@ class Kronecker:
         return self._along(x, self.left.undual, self.right.undual)
 
     def state(self) -> State:
-        """Return the four matrices."""
+        """Return both matrices."""
         sides = {"left": self.left.state()[1], "right": self.right.state()[1]}
         return "kronecker", {f"{side}.{n}": t for side, parts in sides.items() for n, t in parts.items()}, {}
 

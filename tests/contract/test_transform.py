@@ -28,9 +28,11 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def snapshot(view: ModelView) -> tuple[dict[str, torch.Tensor], dict[str, list[object]]]:
-    """Return every parameter, and every online map by layer."""
+    """Return every parameter, and every online map by layer, those of queries and keys by block."""
     weights = {name: value.clone() for name, value in view.model.state_dict().items()}
-    return weights, {layer.name: list(view.linear(layer.name).path.maps) for layer in view.layers}
+    maps: dict[str, list[object]] = {layer.name: list(view.linear(layer.name).path.maps) for layer in view.layers}
+    doors = [(block, view.door(block)) for block in range(len(view.blocks))]
+    return weights, maps | {f"door {block}": [door.rotation] for block, door in doors if door is not None}
 
 
 def assert_kept(family: str, *transforms: str) -> None:

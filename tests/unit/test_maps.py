@@ -59,7 +59,8 @@ def test_maps_survive_being_saved(name: str) -> None:
     assert all(isinstance(tensor, Tensor) and tensor.is_contiguous() for tensor in tensors.values())
     back, x = map_from_state(kind, tensors, numbers), draw(3, m.size)
     assert back.size == m.size and back.state()[2] == numbers
-    assert torch.equal(back.apply(x), m.apply(x)) and torch.equal(back.dual(x), m.dual(x))
+    assert torch.equal(back.apply(x), m.apply(x))
+    torch.testing.assert_close(back.dual(x), m.dual(x), rtol=0, atol=1e-12)  # inverses are not saved
 
 
 @pytest.mark.parametrize("name", maps())

@@ -82,7 +82,7 @@ class DuQuant:
         if self.rotation == "hadamard" or size == 1:
             return PerHead(Hadamard(size, None), heads)
         R = self._search(X_TI.reshape(-1, size), _spreading(size, self.side, rng))
-        return PerHead(Dense(R, R.T.contiguous()), heads)
+        return PerHead(Dense(R.float()), heads)  # stored in float32, with the exact inverse of that
 
     def _search(self, X_Tn: Tensor, base: Tensor) -> Tensor:
         """Return the product of swapped copies of ``base`` under which the rows of X peak lowest, float64 [n, n]."""
