@@ -19,6 +19,7 @@ from qexp.engine.fingerprint import FILE, flat
 from qexp.eval.speed import Contender
 from qexp.models.load import ModelSource
 from qexp.report import record as records
+from qexp.tracking.progress import track
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def _view(folder: Path, source: ModelSource, method: Method, config: dict[str, A
     """Return the model with the run's transforms and blocks in it."""
     from qexp.data.generated import short_sample
     from qexp.engine.blocks import activate
+    from qexp.engine.learning import Learning
     from qexp.engine.solving import plan_of
     from qexp.engine.store import Store, install
     from qexp.engine.transforming import transform_model
@@ -89,9 +91,9 @@ def _view(folder: Path, source: ModelSource, method: Method, config: dict[str, A
     model, tokenizer = source.load(device, cache_folder())
     view, seed = ModelView(model), int(config["seed"])
     inject(view, source.outliers, short_sample(model, tokenizer, seed) if source.needs_text else None)
-    transform_model(view, method, seed)
-    grids = plan_of(view, method, seed).grids
     store = Store(folder / "blocks", [])
+    transform_model(view, method, seed, Learning(None, store, track))
+    grids = plan_of(view, method, seed).grids
     for block in range(len(view.blocks)) if grids or method.stage("block") else ():
         install(view, block, store.once(f"{block:05d}", lambda: _missing(folder)), grids)
     activate(view, range(len(view.blocks)), method)

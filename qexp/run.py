@@ -45,6 +45,7 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     from qexp.data.generated import short_sample
     from qexp.engine.blocks import activate, quantize_blocks
     from qexp.engine.diagnostics import Surfaces
+    from qexp.engine.learning import Learning
     from qexp.engine.transforming import transform_model
     from qexp.eval.size import sizes
     from qexp.models.outliers import inject
@@ -61,7 +62,7 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     baseline = setup.eval.baseline(view.model, tokenizer, sets, work.cache / "baseline", work.progress)
 
     surfaces, began = Surfaces(view, tokens), time.perf_counter()
-    transform_model(view, setup.method, setup.seed)
+    learned = transform_model(view, setup.method, setup.seed, Learning(tokens, work.store, work.progress))
     blocks = quantize_blocks(view, tokens, setup.method, work)
     activate(view, range(len(view.blocks)), setup.method)
     quantized = time.perf_counter()
@@ -75,6 +76,6 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
         "metrics": metrics,
         "window_losses": results.window_losses,
         "blocks": blocks,
-        "diagnostics": {"activations": activations},
+        "diagnostics": {"activations": activations, "losses": learned},
         "cost": seconds,
     }

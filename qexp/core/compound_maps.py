@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qexp.core.hadamard import State, hadamard_from_state
-from qexp.core.maps import Dense, Diagonal, Kronecker, LinearMap, Permutation
+from qexp.core.maps import Dense, Diagonal, Kronecker, LinearMap, Orthogonal, Permutation
 from qexp.core.placed import Placed, wide
 
 Numbers = dict[str, int | str]
@@ -163,6 +163,7 @@ _MAKERS: dict[str, Callable[[dict[str, Tensor], Numbers], LinearMap]] = {
     "hadamard": hadamard_from_state,
     "diagonal": lambda tensors, _: Diagonal(tensors["a"]),
     "dense": lambda tensors, _: Dense(tensors["a"]),
+    "orthogonal": lambda tensors, _: Orthogonal(tensors["a"]),
     "permutation": lambda tensors, _: Permutation(tensors["order"]),
     "kronecker": _kronecker,
     "per_head": lambda tensors, numbers: PerHead(_unpack("inner", tensors, numbers), int(numbers["heads"])),

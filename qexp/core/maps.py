@@ -108,6 +108,36 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
+class Orthogonal:
+    """x -> x A for an orthogonal matrix A [size, size], which is its own dual."""
+
+    a: Tensor
+
+    @property
+    def size(self) -> int:
+        """Number of columns."""
+        return self.a.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return x A."""
+        return (wide(x) @ self._placed.like(x)).to(x.dtype)
+
+    dual = apply
+
+    def undual(self, x: Tensor) -> Tensor:
+        """Return x A^T."""
+        return (wide(x) @ self._placed.like(x).T).to(x.dtype)
+
+    def state(self) -> State:
+        """Return the matrix."""
+        return "orthogonal", {"a": self._placed.tensor}, {}
+
+    @cached_property
+    def _placed(self) -> Placed:
+        return Placed(self.a)
+
+
+@dataclass(frozen=True, eq=False)
 class Permutation:
     """x_j -> column ``order[j]`` of x; order int32 or int64 [size] holds every column once."""
 

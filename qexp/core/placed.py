@@ -10,7 +10,8 @@ class Placed:
     """One tensor and its latest copy; only one copy is kept so that folded transforms do not fill the device."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.contiguous()  # a matmul's last bits depend on the layout, which saving does not keep
+        # A matmul's last bits depend on the layout, which saving does not keep. What is being learned is not copied.
+        self.tensor = tensor if tensor.requires_grad else tensor.contiguous()
         self._copy = self.tensor
 
     def like(self, x: Tensor) -> Tensor:

@@ -129,8 +129,12 @@ def _or(value: float, products: Tensor) -> Tensor:
 def reader_weight(module: Any, map: LinearMap, folded: bool) -> Tensor:
     """Return the reader weight float64 [O, I] after the dual of ``map``; a folded map acts before the online ones."""
     online: list[LinearMap] = module.path.maps if isinstance(module, QuantLinear) and folded else []
-    W = undo(module.weight.double(), online)
-    W = map.dual(W)
+    return dual_weight(module.weight.double(), map, online)
+
+
+def dual_weight(W: Tensor, map: LinearMap, online: list[LinearMap]) -> Tensor:
+    """Return a reader's weight [O, I] after the dual of ``map``, which acts before the ``online`` maps."""
+    W = map.dual(undo(W, online))
     for step in online:
         W = step.dual(W)
     return W

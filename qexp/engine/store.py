@@ -54,7 +54,7 @@ class Store:
         """Return the stored block ``key``, or make, store and return it."""
         path = self.folder / f"{key}.safetensors"
         if path.exists():
-            finished = self._read(path)
+            finished = read(path)
             self.warnings += finished.facts["warnings"]
             return finished
         before = len(self.warnings)
@@ -67,15 +67,29 @@ class Store:
             left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         return finished
 
-    def _read(self, path: Path) -> Finished:
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return Finished(tensors, json.loads(file.metadata()["facts"]))
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(
-                f"{path} is corrupt ({error})", "a whole block file", "resume=false, or delete the file"
-            ) from error
+
+def read(path: Path) -> Finished:
+    """Return what a file of the store holds. Raises: UserError if it is corrupt."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Finished(tensors, json.loads(file.metadata()["facts"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is corrupt ({error})", "a whole block file", "resume=false, or delete the file"
+        ) from error
+
+
+def pack_maps(maps: dict[str, LinearMap], facts: dict[str, Any]) -> Finished:
+    """Return maps by name, and facts about them, as a :class:`Finished`."""
+    tensors: dict[str, Tensor] = {}
+    kept = {name: _map_facts(tensors, f"map.{name}", map) for name, map in maps.items()}
+    return Finished(tensors, {**facts, "maps": kept})
+
+
+def unpack_maps(finished: Finished) -> dict[str, LinearMap]:
+    """Return the maps that :func:`pack_maps` packed."""
+    return {name: _map_of(finished.tensors, f"map.{name}", about) for name, about in finished.facts["maps"].items()}
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ import torch
 
 from qexp.core import rewrite
 from qexp.core.rng import generator
-from qexp.core.stages import Method
+from qexp.core.stages import Learner, Method, Transform
 from qexp.core.words import Group, Insert, Site, Split
 from qexp.engine.capture import observe
+from qexp.engine.learning import Learning, learned_once
 from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, Stream
 from qexp.engine.surroundings import SiteSurroundings, calls, damage_oracle
@@ -22,20 +23,27 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def transform_model(view: ModelView, method: Method, seed: int) -> None:
-    """Apply the transforms of model scope, which need no data; logs what was folded and what runs online."""
-    chosen = method.stage("model")
+def transform_model(
+    view: ModelView, method: Method, seed: int, learning: Learning | None = None
+) -> dict[str, list[float]]:
+    """Apply the transforms of model scope; log what was folded and what runs online.
+
+    Returns the losses of those that were learned, by name.
+    """
+    chosen, losses = method.stage("model"), dict[str, list[float]]()
     if chosen:
         view.untie()
     for name, transform in chosen:
-        places: Counter[str] = Counter()
-        for site in transform.sites(view):
-            around = SiteSurroundings(view, site, None, None)
-            change = transform.edit(site, around, generator(seed, name, site.name))
-            if change is not None:
-                folded = _apply(view, site, change)
-                places[f"{site.kind} {'folded' if folded else 'online'}"] += 1
+        sites = transform.sites(view)
+        if isinstance(transform, Learner):
+            assert learning is not None, "a learned transform without calibration"
+            found = learned_once(view, method, name, transform, seed, learning)
+            losses[name], changes = found.losses, [found.inserts[site.name] for site in sites]
+            places = Counter(_where(site, _apply(view, site, c)) for site, c in zip(sites, changes, strict=True))
+        else:
+            places = Counter(place for site in sites if (place := _edited(view, name, transform, site, seed)))
         log.info("%s: %s", name, ", ".join(f"{k} x{v}" for k, v in places.items()) or "nothing to do")
+    return losses
 
 
 @torch.no_grad()
@@ -57,6 +65,16 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> N
                 damage = damage_oracle(plan, group, site.name in folded, record, stats)
             around = SiteSurroundings(view, site, stats, damage)
             _apply(view, site, transform.edit(site, around, generator(plan.seed, name, site.name)))
+
+
+def _edited(view: ModelView, name: str, transform: Transform, site: Site, seed: int) -> str:
+    """Apply what a transform of model scope does to one site; return where it went, or nothing."""
+    change = transform.edit(site, SiteSurroundings(view, site, None, None), generator(seed, name, site.name))
+    return "" if change is None else _where(site, _apply(view, site, change))
+
+
+def _where(site: Site, folded: bool) -> str:
+    return f"{site.kind} {'folded' if folded else 'online'}"
 
 
 def _apply(view: ModelView, site: Site, change: Insert | Split | None) -> bool:

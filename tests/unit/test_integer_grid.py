@@ -21,6 +21,7 @@ GRID = Integer(
     group=-1,
     symmetry="restricted",
     range="minmax",
+    clip=1.0,
     shrink_grid=100,
     shrink_steps=80,
     exponent=2.4,

@@ -1,0 +1,66 @@
+"""DuQuant's rotations and permutation against methods/duquant.md section 6."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy_recipes import transform_named
+
+from qexp.core.errors import UserError
+from qexp.stages.transform.duquant import DuQuant, zigzag
+
+
+def searched(x: torch.Tensor, seed: int = 0, **keys: object) -> torch.Tensor:
+    """Return the matrix that the greedy search finds for one block."""
+    member = transform_named("duquant", permute=False, **keys)
+    assert isinstance(member, DuQuant)
+    map = member._rotation(x.double(), x.shape[1], torch.Generator().manual_seed(seed))
+    return map.apply(torch.eye(x.shape[1], dtype=torch.float64))
+
+
+def spike(channel: int, size: float = 1400.0) -> torch.Tensor:
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * 1e-3
+    x[3, channel] = size
+    return x
+
+
+@pytest.mark.parametrize("channel", [0, 5, 127])
+def test_the_papers_form_flattens_a_spike_in_one_step_the_codes_does_not(channel):
+    x = spike(channel)
+    left = (x.double() @ searched(x, steps=1)).abs().max()
+    right = (x.double() @ searched(x, steps=1, side="right")).abs().max()
+    assert left <= 1.2 * 1400 / 128**0.5 < right
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("index", ["channel", "row"])
+@pytest.mark.parametrize("peak", ["absmax", "range"])
+def test_the_peak_never_rises_and_the_matrix_is_orthogonal(side, index, peak):
+    rng = torch.Generator().manual_seed(2)
+    for x in (torch.randn(50, 32, generator=rng), torch.ones(50, 32), torch.zeros(5, 32)):
+        R = searched(x, steps=40, side=side, index=index, peak=peak)
+        measure = {"absmax": lambda v: v.abs().max(), "range": lambda v: v.max() - v.min()}[peak]
+        assert float(measure(x.double() @ R)) <= float(measure(x.double())) * (1 + 1e-6) + 1e-9
+        assert float((R.T @ R - torch.eye(32)).abs().max()) < 1e-5
+
+
+def test_same_seed_same_matrix():
+    x = spike(4)
+    assert torch.equal(searched(x), searched(x)) and not torch.equal(searched(x), searched(x, seed=1))
+
+
+def test_zigzag_deals_every_channel_once_and_evenly():
+    magnitude = torch.cat([torch.full((16,), 50.0), torch.rand(112, generator=torch.Generator().manual_seed(0))])
+    order = zigzag(magnitude, 16)
+    assert torch.equal(order.sort().values, torch.arange(128).int())
+    dealt, plain = magnitude[order].view(8, 16).mean(1), magnitude.view(8, 16).mean(1)
+    assert dealt.var() < plain.var() / 100
+    assert zigzag(torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1]), 4).tolist() == [0, 3, 4, 7, 1, 2, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"), [({"rotation": "x"}, "rotation"), ({"side": "up"}, "side"), ({"peak": "top"}, "peak")]
+)
+def test_unknown_choices_are_refused(keys, key):
+    with pytest.raises(UserError, match=rf"transform\.duquant\.{key}"):
+        transform_named("duquant", **keys)
