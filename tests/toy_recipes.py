@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from stage_members import member
@@ -10,7 +12,9 @@ from torch import Tensor
 
 from qexp.core.linear import InputPath, QuantLinear
 from qexp.core.stages import Method, Transform
+from qexp.engine.learning import Learning
 from qexp.engine.solving import plan_of
+from qexp.engine.store import Store
 from qexp.engine.streams import Stream, advance, embed
 from qexp.engine.transforming import transform_block, transform_model
 from qexp.models.view import ModelView
@@ -39,7 +43,8 @@ def recipe(*transforms: str, grid: str = "integer", act: str = "none", w: int = 
 
 def transform(view: ModelView, method: Method, ids: Tensor, seed: int = 0) -> ModelView:
     """Apply a recipe's transforms to the whole model, block by block as a run does, and round nothing."""
-    transform_model(view, method, seed)
+    with TemporaryDirectory() as folder:
+        transform_model(view, method, seed, Learning(ids, Store(Path(folder), []), lambda _, steps: steps))
     plan = plan_of(view, method, seed)
     stream, kwargs = embed(view, ids)
     for block in range(len(view.blocks)):

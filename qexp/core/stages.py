@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -85,41 +85,6 @@ class Transform(Protocol):
 
     def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | Split | None:
         """Return the map to insert at ``site``, the channels to keep out, or None to leave it."""
-        ...
-
-
-class Objective(Protocol):
-    """What a learned transform descends: the loss of the quantized model on calibration sequences."""
-
-    def __len__(self) -> int:
-        """Return the number of sequences."""
-        ...
-
-    def __call__(self, maps: Mapping[str, LinearMap], chosen: Sequence[int], round_weights: bool) -> float:
-        """Return the mean loss of the chosen sequences under ``maps`` by site; gradients go to the maps' tensors."""
-        ...
-
-
-class Learned(NamedTuple):
-    """What was learned: an insert for each site by name, and the loss of every step."""
-
-    inserts: dict[str, Insert]
-    losses: list[float]
-
-
-@runtime_checkable
-class Learner(Protocol):
-    """A transform of model scope that is learned; its ``edit`` is where it starts."""
-
-    @property
-    def load(self) -> str:
-        """Return the file of an earlier run to take instead of learning, or nothing."""
-        ...
-
-    def learn(
-        self, sites: Sequence[Site], objective: Objective, rng: torch.Generator, track: Callable[[range], Iterable[int]]
-    ) -> Learned:
-        """Return the inserts; ``track`` shows how far it is."""
         ...
 
 

@@ -138,8 +138,9 @@ class LayerReport:
 
 @dataclass
 class BlockReport:
-    """What the record says of one block."""
+    """What the record says of one block; ``losses`` by step, of the members that learned."""
 
     index: int
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)

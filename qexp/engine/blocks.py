@@ -58,8 +58,7 @@ def quantize_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> Fi
     """Return a block transformed and solved; ``source`` (may be empty) feeds the statistics."""
     view, method, began = plan.view, plan.method, time.perf_counter()
     groups = view.groups(block)
-    transform_block(plan, block, source, kwargs)
-    report = BlockReport(index=block, seconds=0.0)
+    report = BlockReport(index=block, seconds=0.0, losses=transform_block(plan, block, source, kwargs))
     in_turn = bool(source) and method.inputs == "quantized"
     known = observe(view, block, groups, source, kwargs) if source and not in_turn else {}
     for group in groups:

@@ -1,14 +1,13 @@
-"""The objective of transforms that are learned through the whole model: its loss, quantized, and gradients of maps.
+"""The objectives of transforms that are learned: what a block or the whole model loses, quantized, and gradients of it.
 
-The model's weights stay as they are: each block runs with the weights that the candidate maps would give it, computed
-on the way and differentiable. One block at a time has a graph: a first pass keeps only what enters each block, then the
-blocks are walked backwards, each computed once more (methods/spinquant.md section 7).
+The model's weights stay as they are: each block runs with the weights that candidate inserts would give it, computed on
+the way and differentiable. Through the model, one block at a time has a graph: a first pass keeps only what enters each
+block, then the blocks are walked backwards, each computed once more (methods/spinquant.md section 7).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,21 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear
 
 from qexp.core.errors import UserError
+from qexp.core.learned import Learned
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
-from qexp.core.rewrite import dual_weight
 from qexp.core.rng import generator
-from qexp.core.stages import Learned, Method
-from qexp.core.words import FULL_BITS, Insert, Site
-from qexp.engine.acting import act_of, search_quantizer
+from qexp.core.stages import Method
+from qexp.core.words import Insert, Site
+from qexp.engine.candidate import Candidate, Inserts, quantizers
 from qexp.engine.context import Progress
-from qexp.engine.solving import plan_of
+from qexp.engine.solving import Plan, plan_of
 from qexp.engine.store import Finished, Store, pack_maps, read, unpack_maps
-from qexp.engine.streams import embed
+from qexp.engine.streams import Kwargs, Stream, advance, embed
+from qexp.engine.surroundings import SiteSurroundings
 from qexp.models.view import ModelView
 
 RESIDUAL = "residual"
@@ -48,78 +47,73 @@ class Learning:
     progress: Progress
 
 
+class BlockObjective:
+    """Mean squared error of one block against its float answer on the same inputs, with the recipe's quantizers on.
+
+    As a share of the mean square of the answer, so that blocks and models compare.
+    """
+
+    def __init__(self, plan: Plan, block: int, sites: Sequence[Site], source: Stream, kwargs: Kwargs) -> None:
+        self.plan, self.index, self.kwargs = plan, block, kwargs
+        self.candidate = Candidate(plan.view, sites, plan.grids)
+        self.inputs, self.targets = torch.cat(source), torch.cat(advance(plan.view, block, source, kwargs))
+        self.scale = float(self.targets.float().pow(2).mean())
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.inputs)
+
+    def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool) -> float:
+        """Return the error on the chosen sequences under ``inserts`` (by site name); gradients go to their tensors."""
+        view, which = self.plan.view, list(chosen)
+        x, target = self.inputs[which].to(view.model.device), self.targets[which].to(view.model.device)
+        with quantizers(view, self.plan.method, [self.index]), torch.enable_grad():
+            answer = self.candidate.block(inserts, self.index, x, self.kwargs, round_weights)
+            loss = (answer - target).float().pow(2).mean() / self.scale
+            loss.backward()
+        return float(loss.detach())
+
+
 class ModelObjective:
     """Mean cross-entropy of the next token on calibration sequences, with the recipe's quantizers on."""
 
     def __init__(self, view: ModelView, method: Method, sites: Sequence[Site], tokens: Tensor, seed: int) -> None:
         self.view, self.method, self.tokens = view, method, tokens
-        self.sites = {site.name: site for site in sites}
+        self.candidate = Candidate(view, sites, plan_of(view, method, seed).grids)
         stream, self.kwargs = embed(view, tokens)
         self.embedded = torch.cat(stream)
-        self.grids = plan_of(view, method, seed).grids
 
     def __len__(self) -> int:
         """Return the number of sequences."""
         return len(self.tokens)
 
-    def __call__(self, maps: Mapping[str, LinearMap], chosen: Sequence[int], round_weights: bool) -> float:
-        """Return the loss of the chosen sequences under ``maps`` (by site name); gradients go to their tensors."""
+    def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool) -> float:
+        """Return the loss of the chosen sequences under ``inserts`` (by site name); gradients go to their tensors."""
         device, which, entering = self.view.model.device, list(chosen), list[Tensor]()
         start, ids = self.embedded[which].to(device), self.tokens[which].to(device)
-        with quantizers(self.view, self.method):
+        blocks, turn = range(len(self.view.blocks)), inserts[RESIDUAL].map if RESIDUAL in inserts else None
+
+        def answer(block: int, x: Tensor) -> Tensor:
+            return self.candidate.block(inserts, block, x, self.kwargs[block], round_weights)
+
+        with quantizers(self.view, self.method, blocks):
             with torch.no_grad():
-                x = self._turned(maps, start)
-                for block in range(len(self.view.blocks)):
+                x = start if turn is None else turn.apply(start)
+                for block in blocks:
                     entering.append(x)
-                    x = self._block(maps, block, x, round_weights)
-            loss, gradient = self._head(maps, x, ids)
-            for block in reversed(range(len(self.view.blocks))):
+                    x = answer(block, x)
+            loss, gradient = self._head(turn, x, ids)
+            for block in reversed(blocks):
                 x = entering.pop().requires_grad_()
                 with torch.enable_grad():
-                    self._block(maps, block, x, round_weights).backward(gradient)
+                    answer(block, x).backward(gradient)
                 gradient = _gradient(x)
-        if RESIDUAL in maps:
+        if turn is not None:
             with torch.enable_grad():
-                self._turned(maps, start).backward(gradient)
+                turn.apply(start).backward(gradient)
         return loss
 
-    def _turned(self, maps: Mapping[str, LinearMap], x: Tensor) -> Tensor:
-        return maps[RESIDUAL].apply(x) if RESIDUAL in maps else x
-
-    def _block(self, maps: Mapping[str, LinearMap], block: int, x: Tensor, round_weights: bool) -> Tensor:
-        prefix = f"{self.view.prefix}.{block}."
-        weights = self._weights(maps, prefix)
-        if round_weights:
-            for name, grid in self.grids.items():
-                key = f"{name}.weight"
-                if name.startswith(prefix):
-                    W = wide(weights.get(key, self.view.linear(name).weight))
-                    params = grid.fit(W.detach(), None)
-                    weights[key] = W + (grid.decode(grid.encode(W.detach(), params), params) - W).detach()
-        local = {name.removeprefix(prefix): W.to(x.dtype) for name, W in weights.items()}
-        answer = functional_call(self.view.blocks[block], local, (x,), self.kwargs[block])
-        first: Tensor = answer[0] if isinstance(answer, tuple) else answer
-        return first
-
-    def _weights(self, maps: Mapping[str, LinearMap], prefix: str) -> dict[str, Tensor]:
-        """Return what the maps make of a block's weights and biases, by full name."""
-        made: dict[str, Tensor] = {}
-
-        def now(name: str) -> Tensor:
-            return made[name] if name in made else wide(self.view.model.get_parameter(name))
-
-        for site_name, map in maps.items():
-            site = self.sites[site_name]
-            for writer in (w.name for w in site.writers if w.name.startswith(prefix)):
-                made[f"{writer}.weight"] = map.apply(now(f"{writer}.weight").T).T
-                if self.view.linear(writer).bias is not None:
-                    made[f"{writer}.bias"] = map.apply(now(f"{writer}.bias"))
-            for reader in (r for r in site.readers if r.startswith(prefix)):
-                online = self.view.linear(reader).path.maps
-                made[f"{reader}.weight"] = dual_weight(now(f"{reader}.weight"), map, online)
-        return made
-
-    def _head(self, maps: Mapping[str, LinearMap], x: Tensor, ids: Tensor) -> tuple[float, Tensor]:
+    def _head(self, turn: LinearMap | None, x: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         """Return the loss and its gradient at what leaves the last block; one sequence of logits at a time."""
         family, total, gradients = self.view.described, 0.0, list[Tensor]()
         norm: Any = self.view.model.get_submodule(family.final_norm)
@@ -127,7 +121,7 @@ class ModelObjective:
         for row, sequence in zip(x.split(1), ids, strict=True):
             leaf = row.detach().requires_grad_()
             with torch.enable_grad():
-                W = maps[RESIDUAL].dual(head.weight) if RESIDUAL in maps else head.weight
+                W = head.weight if turn is None else turn.dual(head.weight)
                 logits = linear(norm(leaf)[0, :-1], W.to(leaf.dtype), head.bias)
                 loss = cross_entropy(wide(logits), sequence[1:]) / len(ids)
                 loss.backward()
@@ -144,8 +138,9 @@ def learned_once(view: ModelView, method: Method, name: str, transform: Any, see
         if learning.tokens is None:
             raise UserError(f"{learning.store.folder} lacks learned-{name}", "a complete run")
         objective = ModelObjective(view, method, sites, learning.tokens, seed)
-        rng = generator(seed, name)
-        learned = transform.learn(sites, objective, rng, partial(learning.progress, f"learn {name}"))
+        around = {site.name: SiteSurroundings(view, site, None, None) for site in sites}
+        track = partial(learning.progress, f"learn {name}")
+        learned = transform.learn(sites, around, objective, generator(seed, name), track)
         kinds = {site: insert.kind for site, insert in learned.inserts.items()}
         maps = {site: insert.map for site, insert in learned.inserts.items()}
         return pack_maps(maps, {"kinds": kinds, "losses": learned.losses})
@@ -159,26 +154,6 @@ def learned_once(view: ModelView, method: Method, name: str, transform: Any, see
             f"method.transform.{name}.load=''",
         )
     return Learned({site: Insert(kinds[site], map) for site, map in maps.items()}, finished.facts["losses"])
-
-
-@contextmanager
-def quantizers(view: ModelView, method: Method) -> Iterator[None]:
-    """Switch the recipe's activation and key/value quantizers on, and off again; ranges are those of each batch."""
-    groups = [group for block in range(len(view.blocks)) for group in view.groups(block)]
-    paths = [(view.linear(group.layers[0].name).path, search_quantizer(act_of(method, group))) for group in groups]
-    found = [view.door(block) for block in range(len(view.blocks))]
-    doors = [door for door in found if door is not None]
-    try:
-        for path, quantizer in paths:
-            path.act = quantizer
-        for door in doors:
-            door.kv = method.kv if method.kv.bits < FULL_BITS else None
-        yield
-    finally:
-        for path, _ in paths:
-            path.act = None
-        for door in doors:
-            door.kv = None
 
 
 def _gradient(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Finished:
         """Return what the record says of the block."""
         about = self.facts["report"]
         layers = [LayerReport(**layer) for layer in about["layers"]]
-        return BlockReport(index=about["index"], seconds=about["seconds"], layers=layers)
+        return BlockReport(about["index"], about["seconds"], layers, about["losses"])
 
 
 class Store:

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 
 from qexp.core import rewrite
+from qexp.core.learned import Learner
 from qexp.core.rng import generator
-from qexp.core.stages import Learner, Method, Transform
+from qexp.core.stages import Method, Transform
 from qexp.core.words import Group, Insert, Site, Split
 from qexp.engine.capture import observe
-from qexp.engine.learning import Learning, learned_once
+from qexp.engine.learning import BlockObjective, Learning, learned_once
 from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, Stream
 from qexp.engine.surroundings import SiteSurroundings, calls, damage_oracle
@@ -47,24 +48,46 @@ def transform_model(
 
 
 @torch.no_grad()
-def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> None:
-    """Apply the transforms of block scope to one block, from the statistics of ``source``."""
-    view = plan.view
+def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> dict[str, list[float]]:
+    """Apply the transforms of block scope to one block, from ``source``; return the losses of learned ones by name."""
+    view, losses = plan.view, dict[str, list[float]]()
     for name, transform in plan.method.stage("block"):
         sites = [site for site in transform.sites(view) if site.block == block]
-        behind = {site.name: _group_behind(view, site) for site in sites if site.readers}
-        groups = [group for group in view.groups(block) if group in behind.values()]
-        folded = {site.name for site in sites if transform.inserts in site.admits}
-        raw = {behind[site].site for site in folded & behind.keys()}  # folded: in front of online maps
-        known = observe(view, block, groups, source, kwargs, raw) if groups and transform.needs else {}
+        around = _surroundings(plan, block, transform, sites, source, kwargs)
+        changes: dict[str, Insert | Split | None]
+        if isinstance(transform, Learner):
+            objective = BlockObjective(plan, block, sites, source, kwargs)
+            learned = transform.learn(sites, around, objective, generator(plan.seed, name, block), iter)
+            losses[name], changes = learned.losses, dict(learned.inserts)
+        else:
+            changes = {
+                site.name: transform.edit(site, around[site.name], generator(plan.seed, name, site.name))
+                for site in sites
+            }
         for site in sites:
-            stats, damage = None, None
-            if site.name in behind and transform.needs:
-                group = behind[site.name]
-                stats, record = known[group.site], partial(calls, view, group, source, kwargs)
-                damage = damage_oracle(plan, group, site.name in folded, record, stats)
-            around = SiteSurroundings(view, site, stats, damage)
-            _apply(view, site, transform.edit(site, around, generator(plan.seed, name, site.name)))
+            _apply(view, site, changes[site.name])
+    return losses
+
+
+def _surroundings(
+    plan: Plan, block: int, transform: Transform, sites: list[Site], source: Stream, kwargs: Kwargs
+) -> dict[str, SiteSurroundings]:
+    """Return what a transform may look at around each site of a block."""
+    view = plan.view
+    behind = {site.name: group for site in sites if (group := _group_behind(view, site)) is not None}
+    groups = [group for group in view.groups(block) if group in behind.values()]
+    folded = {site.name for site in sites if transform.inserts in site.admits}
+    raw = {behind[site].site for site in folded & behind.keys()}  # folded: in front of online maps
+    known = observe(view, block, groups, source, kwargs, raw) if groups and transform.needs else {}
+    around = {}
+    for site in sites:
+        stats, damage = None, None
+        if site.name in behind and transform.needs:
+            group = behind[site.name]
+            stats, record = known[group.site], partial(calls, view, group, source, kwargs)
+            damage = damage_oracle(plan, group, site.name in folded, record, stats)
+        around[site.name] = SiteSurroundings(view, site, stats, damage)
+    return around
 
 
 def _edited(view: ModelView, name: str, transform: Transform, site: Site, seed: int) -> str:
@@ -84,7 +107,7 @@ def _apply(view: ModelView, site: Site, change: Insert | Split | None) -> bool:
     return isinstance(change, Insert) and rewrite.insert(view.model, site, change)
 
 
-def _group_behind(view: ModelView, site: Site) -> Group:
-    """Return the group of layers that read ``site``."""
+def _group_behind(view: ModelView, site: Site) -> Group | None:
+    """Return the group of layers that read ``site``; None where no linear does (queries and keys, outputs)."""
     assert site.block is not None
-    return next(g for g in view.groups(site.block) if site.readers[0] in [layer.name for layer in g.layers])
+    return next((g for g in view.groups(site.block) if {layer.name for layer in g.layers} & set(site.readers)), None)

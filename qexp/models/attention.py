@@ -55,7 +55,7 @@ def _through(door: Door, kv: Kv, query: Tensor, key: Tensor, value: Tensor) -> t
     if decoded is not None and decoded is not key:
         raise RuntimeError("the keys of a packed cache were changed on their way to attention; use another cache")
     if door.rotation is not None:
-        query = door.rotation.apply(query)
+        query = door.rotation.dual(query)
     if decoded is not None:
         return query, key, value
     if door.rotation is not None:

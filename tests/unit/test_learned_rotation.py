@@ -13,12 +13,14 @@ from torch.nn.functional import cross_entropy
 from toy_models import distance, logits, tokens, view_of
 from toy_recipes import recipe, transform_named
 
+from qexp.core import rewrite
 from qexp.core.compound_maps import PerHead
 from qexp.core.errors import UserError
 from qexp.core.maps import LinearMap, Orthogonal
 from qexp.core.stages import Method
 from qexp.core.words import Insert
-from qexp.engine.learning import Learning, ModelObjective, quantizers
+from qexp.engine.candidate import quantizers
+from qexp.engine.learning import Learning, ModelObjective
 from qexp.engine.store import Store
 from qexp.engine.transforming import transform_model
 from qexp.models.view import ModelView
@@ -42,18 +44,15 @@ def learning(folder: Path) -> Learning:
     return Learning(IDS, Store(folder, []), lambda _, steps: steps)
 
 
-def rotations(
-    view: ModelView, learner: LearnedRotation, seed: int = 3
-) -> tuple[dict[str, Tensor], dict[str, LinearMap]]:
-    """Return random orthogonal leaves by site, and the maps that they make."""
-    rng, leaves, maps = torch.Generator().manual_seed(seed), {}, {}
+def rotations(view: ModelView, learner: LearnedRotation) -> tuple[dict[str, Tensor], dict[str, Insert]]:
+    """Return random orthogonal leaves by site, and the inserts that they make."""
+    rng, leaves, inserts = torch.Generator().manual_seed(3), {}, {}
     for site in learner.sites(view):
         size = site.head_size if site.kind == "value" else site.size
         q, _ = torch.linalg.qr(torch.randn(size, size, generator=rng, dtype=torch.float64))
         leaves[site.name] = q.requires_grad_()
-        turn = Orthogonal(leaves[site.name])
-        maps[site.name] = turn if site.kind != "value" else PerHead(turn, site.size // site.head_size)
-    return leaves, maps
+        inserts[site.name] = learner._insert(site, leaves[site.name])
+    return leaves, inserts
 
 
 def loss_of(view: ModelView, ids: Tensor) -> float:
@@ -83,12 +82,10 @@ class TestObjective:
         other = folded(family)
         other.untie()
         for site in made.transform["learned_rotation"].sites(other):
-            from qexp.core import rewrite
-
-            kind = "per_head" if site.kind == "value" else "orthogonal"
+            insert = maps[site.name]
             with torch.no_grad():
-                rewrite.insert(other.model, site, Insert(kind, _frozen(maps[site.name])))
-        with quantizers(other, made):
+                rewrite.insert(other.model, site, Insert(insert.kind, _frozen(insert.map)))
+        with quantizers(other, made, range(2)):
             assert told == pytest.approx(loss_of(other, IDS[:3]), rel=2e-3)  # a tie may fall to the other side
         tangents = [R.detach().T @ R.grad - R.grad.T @ R.detach() for R in leaves.values() if R.grad is not None]
         assert all(float(tangent.norm()) > 1e-6 for tangent in tangents) and len(tangents) == len(leaves)
@@ -113,7 +110,7 @@ class TestLearning:
         view, made = folded("llama"), method(3, steps=40, batch=6)
         learner = made.transform["learned_rotation"]
         assert isinstance(learner, LearnedRotation)
-        inserts, losses = learner.learn(learner.sites(view), objective(view, made), torch.Generator(), lambda s: s)
+        inserts, losses = learner.learn(learner.sites(view), {}, objective(view, made), torch.Generator(), iter)
         assert sum(losses[-10:]) < sum(losses[:10])
         for insert in inserts.values():
             size = insert.map.size

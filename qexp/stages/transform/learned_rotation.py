@@ -12,7 +12,7 @@ Differs: one process with the global batch of 8; no QR at random (drift is repai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,8 +22,9 @@ from torch import Tensor
 from qexp.core.compound_maps import PerHead
 from qexp.core.errors import UserError, choose
 from qexp.core.hadamard import randomized_hadamard
+from qexp.core.learned import Learned, Objective
 from qexp.core.maps import LinearMap, Orthogonal
-from qexp.core.stages import Learned, Objective, Sites, Surroundings
+from qexp.core.stages import Sites, Surroundings
 from qexp.core.stiefel import cayley_step, nearest_orthogonal
 from qexp.core.words import Insert, Site
 
@@ -69,15 +70,20 @@ class LearnedRotation:
         return self._insert(site, self._start(site, rng))
 
     def learn(
-        self, sites: Sequence[Site], objective: Objective, rng: torch.Generator, track: Callable[[range], Iterable[int]]
+        self,
+        sites: Sequence[Site],
+        around: Mapping[str, Surroundings],
+        objective: Objective,
+        rng: torch.Generator,
+        track: Callable[[range], Iterable[int]],
     ) -> Learned:
         """Return the rotation of each site, and the loss of every step."""
         turns, losses = {site.name: self._start(site, rng) for site in sites}, []
         for step in track(range(self.steps)):
             leaves = {name: R.clone().requires_grad_() for name, R in turns.items()}
-            maps = {site.name: self._insert(site, leaves[site.name]).map for site in sites}
+            inserts = {site.name: self._insert(site, leaves[site.name]) for site in sites}
             chosen = [(step * self.batch + i) % len(objective) for i in range(min(self.batch, len(objective)))]
-            losses.append(objective(maps, chosen, self.round_weights))
+            losses.append(objective(inserts, chosen, self.round_weights))
             turns = self._stepped(leaves, step)
         final = {name: nearest_orthogonal(R) for name, R in turns.items()}
         return Learned({site.name: self._insert(site, final[site.name]) for site in sites}, losses)
