@@ -125,7 +125,8 @@ def test_more_bits_are_closer(name):
         grid = member("grid", name, w=bits)
         params = grid.fit(weight(), hessian())
         errors.append(float((grid.decode(grid.encode(weight(), params), params) - weight()).norm()))
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.1 * errors[0]
+    least = 0.1 if getattr(grid, "clip", 1.0) == 1.0 else 0.5  # what a clip cuts off stays cut off
+    assert errors == sorted(errors, reverse=True) and errors[-1] < least * errors[0]
 
 
 @every_grid

@@ -1,4 +1,4 @@
-"""What uniform grids share: slices of a weight that share parameters, the search of a slice's range, stored scales.
+"""What uniform grids share: slices of a weight that share parameters, and the search of a slice's range.
 
 A range search tries candidate ranges and keeps, per slice, the one with the strictly smallest error, so that
 ties keep the wider range. It is vectorised over rows in chunks: the peak is a few chunks, never a weight.
@@ -6,21 +6,17 @@ ties keep the wider range. It is vectorised over rows in chunks: the peak is a f
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from qexp.core.errors import NumericalError, UserError
+from qexp.core.errors import UserError
 from qexp.core.words import FULL_BITS, Layer
-
-log = logging.getLogger(__name__)
 
 Range = tuple[Tensor, Tensor]
 """The lower and upper end of every slice, each [O, G], with zero between them."""
 
-SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # stays in a core's cache; fills a GPU without filling its memory
 
 
@@ -121,30 +117,3 @@ def output_error(H_JJ: Tensor, group: int) -> Callable[[Tensor], Tensor]:
         return (E_GOg @ H_Ggg).mul_(E_GOg).sum(-1).T
 
     return measure
-
-
-def stored_scale(scale: Tensor, dtype: str) -> Tensor:
-    """Return a scale as ``dtype`` keeps it, in its own dtype: 1 where it is zero, never rounded down to zero.
-
-    float32 stands for the dtype of the arithmetic: nothing is rounded.
-    """
-    exact = torch.where(scale == 0, 1, scale)
-    if dtype == "float32":
-        return exact
-    rounded = exact.to(getattr(torch, dtype)).to(exact.dtype)
-    return torch.where(rounded == 0, exact.sign() * _least(dtype), rounded)
-
-
-def check_scale(scale: Tensor, dtype: str) -> None:
-    """Raise NumericalError where a scale overflowed; warn where storing it costs more than about 1 %."""
-    if not scale.isfinite().all():
-        raise NumericalError(f"a grid scale overflows {dtype}: set method.grid.scale_dtype=bfloat16")
-    coarse = int((scale.abs() < 64 * _least(dtype)).sum())
-    if coarse:
-        log.warning("%d of %d grid scales are too small for %s", coarse, scale.numel(), dtype)
-
-
-def _least(dtype: str) -> float:
-    """Return the smallest positive number of ``dtype``."""
-    info = torch.finfo(getattr(torch, dtype))
-    return float(info.smallest_normal * info.eps)

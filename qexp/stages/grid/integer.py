@@ -26,6 +26,7 @@ from torch import Tensor
 from qexp.core.errors import NumericalError, UserError, choose
 from qexp.core.words import Layer, Params
 from qexp.stages.grid import _shared as shared
+from qexp.stages.grid import _shared_scale as scales
 from qexp.stages.grid._shared_sweep import sweep
 
 SYMMETRIES = ("restricted", "half_step", "full_unsigned", "full_signed", "asymmetric")
@@ -70,7 +71,7 @@ class Integer:
         choose("grid.range", self.range, RANGES, "method.grid.range")
         if not 0 < self.clip <= 1:
             raise UserError(f"grid.clip={self.clip}", "a ratio in (0, 1]", "method.grid.clip=1.0")
-        choose("grid.scale_dtype", self.scale_dtype, shared.SCALE_BITS, "method.grid.scale_dtype")
+        choose("grid.scale_dtype", self.scale_dtype, scales.SCALE_BITS, "method.grid.scale_dtype")
         shared.check_shape(self.bits, self.group, layer)
         if self.group == 0 and self.range == "output":
             raise UserError("grid.range=output with group=0", "a row or group to measure", "bits.group=-1")
@@ -83,7 +84,7 @@ class Integer:
         if not W_OJ.isfinite().all():
             raise NumericalError("the weight has elements that are not finite")
         params = self._params(self._range(W_OJ, H_JJ))
-        shared.check_scale(params["scale"], self.scale_dtype)
+        scales.check_scale(params["scale"], self.scale_dtype)
         return {name: p.expand(len(W_OJ), -1).contiguous() for name, p in params.items()}
 
     def encode(self, W_OJ: Tensor, params: Params) -> Tensor:
@@ -100,11 +101,15 @@ class Integer:
         """Round columns in turn, errors fed forward: see ``kernels.sweep``."""
         return sweep(T_JO, E_JO, M_JJ, params, self.bits)
 
+    def imitate(self, W_OI: Tensor) -> Tensor:
+        """Return the weight rounded by its plain ranges, differentiable: what learned members see of this grid."""
+        return scales.imitate(W_OI, self.bits, self.group, self.symmetry, self.clip)
+
     def cost(self, outputs: int, inputs: int) -> float:
         """Return bits per weight: the code, and per slice its scale and, packed at b bits, its zero point."""
         columns = {-1: inputs, 0: outputs * inputs}.get(self.group, self.group)
         zero_bits = self.bits if self.symmetry == "asymmetric" else 0
-        return self.bits + (shared.SCALE_BITS[self.scale_dtype] + zero_bits) / columns
+        return self.bits + (scales.SCALE_BITS[self.scale_dtype] + zero_bits) / columns
 
     def _grouped(self, X_OJ: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor | int]:
         """Return X, scale and zero in shapes that broadcast: as they are for one group, else with an axis of groups."""
@@ -137,12 +142,8 @@ class Integer:
 
     def _params(self, ends: shared.Range) -> Params:
         """Return scale and zero [O, G] as they are stored; slices of zeros get scale 1."""
-        (lo, hi), half, top = ends, 1 << (self.bits - 1), (1 << self.bits) - 1
-        stored = partial(shared.stored_scale, dtype=self.scale_dtype)
-        if self.symmetry == "asymmetric":
-            scale = stored((hi - lo) / top)
-            return {"scale": scale, "zero": torch.round(-lo / scale).clamp_(0, top).to(torch.uint8)}
-        if self.symmetry == "full_signed":
-            return {"scale": stored(torch.where(-lo >= hi, -lo, -hi) / half)}
-        steps = {"restricted": half - 1, "half_step": top / 2, "full_unsigned": half}[self.symmetry]
-        return {"scale": stored(torch.maximum(-lo, hi) / steps)}
+        scale = scales.stored_scale(scales.exact_scale(ends, self.bits, self.symmetry), self.scale_dtype)
+        if self.symmetry != "asymmetric":
+            return {"scale": scale}
+        zero = torch.round(-ends[0] / scale).clamp_(0, (1 << self.bits) - 1)
+        return {"scale": scale, "zero": zero.to(torch.uint8)}

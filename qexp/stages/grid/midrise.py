@@ -19,6 +19,7 @@ from torch import Tensor
 from qexp.core.errors import NumericalError, UserError
 from qexp.core.words import Layer, Params
 from qexp.stages.grid import _shared as shared
+from qexp.stages.grid import _shared_scale as scales
 
 AUTO = {2: 1.5, 3: 2.1, 4: 2.4, 5: 2.8, 6: 3.2, 7: 3.6, 8: 4.0}
 
@@ -54,9 +55,9 @@ class Midrise:
             raise NumericalError("the weight has elements that are not finite")
         ratio = AUTO[self.bits] if self.ratio == "auto" else float(self.ratio)
         rms = shared.slices(W_OJ, self.group).double().pow(2).mean(-1).sqrt()
-        scale = shared.stored_scale((2 * ratio / self._top * rms).to(W_OJ.dtype), "float16")
+        scale = scales.stored_scale((2 * ratio / self._top * rms).to(W_OJ.dtype), "float16")
         scale = torch.where(rms == 0, 0, scale)
-        shared.check_scale(scale[rms > 0], "float16")
+        scales.check_scale(scale[rms > 0], "float16")
         return {"scale": scale.expand(len(W_OJ), -1).contiguous()}
 
     def encode(self, W_OJ: Tensor, params: Params) -> Tensor:
@@ -74,7 +75,7 @@ class Midrise:
     def cost(self, outputs: int, inputs: int) -> float:
         """Return bits per weight: the code, and per slice its scale."""
         columns = {-1: inputs, 0: outputs * inputs}.get(self.group, self.group)
-        return self.bits + shared.SCALE_BITS["float16"] / columns
+        return self.bits + scales.SCALE_BITS["float16"] / columns
 
     @property
     def _top(self) -> int:

@@ -1,0 +1,128 @@
+"""Learn an invertible map in front of every linear of a block, a Kronecker product of two small matrices (FlatQuant).
+
+x <- (x c) (P1 (x) P2) at the inputs of q/k/v, gate/up and down; o's input gets P_o over heads (online) and P_v inside
+heads (folded into v and o); keys get P_h, queries its dual, after RoPE. All of it, with the scale c, is learned against
+the float block's answer, quantizers on, by AdamW. Nothing is asked of norms or of the residual stream, so every
+placement of norms is fine. c starts as max|W|^(1-alpha) / max|X|^alpha; P starts random orthogonal.
+
+Source: arXiv:2410.09426 section 3, code 9d88ffc, methods/flatquant.md.
+Differs: P is free and its inverse computed in float64 (the code's direct_inv), c is exp of what is learned, so that it
+stays positive; clips of weights and activations are not learned here (tuner/clip is to do that).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qexp.core.compound_maps import AcrossHeads, Chain, PerHead
+from qexp.core.learned import Learned, Objective
+from qexp.core.maps import Dense, Diagonal, Kronecker
+from qexp.core.minimise import Knobs, minimise
+from qexp.core.stages import Sites, Surroundings
+from qexp.core.words import Insert, Site
+
+SCALED = ("attn_in", "mlp_in", "mlp_mid")
+DEAD = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerMaps:
+    """``alpha`` of the first scale; ``rate`` of AdamW over ``epochs`` of batches of ``batch`` sequences."""
+
+    alpha: float
+    scale: bool
+    keys: bool
+    epochs: int
+    batch: int
+    rate: float
+    decay: float
+    load: str
+
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset({"activations"})
+    after: ClassVar[tuple[str, ...]] = ()
+    inserts: ClassVar[str] = "dense"
+    scope: ClassVar[str] = "block"
+
+    def sites(self, model: Sites) -> list[Site]:
+        """Return every input of a linear, the values, and queries and keys."""
+        return model.sites("attn_in", "value", "attn_out", *(["query_key"] if self.keys else []), "mlp_in", "mlp_mid")
+
+    def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert:
+        """Return the start: a random orthogonal map and, where there is one, the first scale."""
+        return _insert(site, self._start(site, around, rng))
+
+    def learn(
+        self,
+        sites: Sequence[Site],
+        around: Mapping[str, Surroundings],
+        objective: Objective,
+        rng: torch.Generator,
+        track: Callable[[range], Iterable[int]],
+    ) -> Learned:
+        """Return the maps of one block, and the loss of every step."""
+        leaves = {site.name: self._start(site, around[site.name], rng) for site in sites}
+        tensors = [tensor.requires_grad_() for parts in leaves.values() for tensor in parts.values()]
+        batch = min(self.batch, len(objective))
+        steps = self.epochs * (len(objective) // batch)
+
+        def loss(step: int) -> float:
+            chosen = [(step * batch + i) % len(objective) for i in range(batch)]
+            with torch.enable_grad():
+                inserts = {site.name: _insert(site, leaves[site.name]) for site in sites}
+                return objective(inserts, chosen, round_weights=True)
+
+        losses = minimise([Knobs(tensors, self.rate)], loss, track(range(steps)), steps, self.decay)
+        found = {name: {part: t.detach() for part, t in parts.items()} for name, parts in leaves.items()}
+        return Learned({site.name: _insert(site, found[site.name]) for site in sites}, losses)
+
+    def _start(self, site: Site, around: Surroundings, rng: torch.Generator) -> dict[str, Tensor]:
+        """Return what is learned of a site, float64."""
+        if site.kind in ("value", "query_key"):
+            return {"left": _turn(site.head_size, rng)}
+        if site.kind == "attn_out":
+            return {"left": _turn(site.size // site.head_size, rng)}
+        p = max(d for d in range(1, math.isqrt(site.size) + 1) if site.size % d == 0)
+        parts = {"left": _turn(p, rng), "right": _turn(site.size // p, rng)}
+        if self.scale and site.kind in SCALED:
+            parts["scale"] = self._scale(around).log().double()
+        return parts
+
+    def _scale(self, around: Surroundings) -> Tensor:
+        """Return c, float32 [I]."""
+        x_max = around.stats.absmax_I
+        w_max = torch.stack([W.abs().amax(0) for W in around.weights]).amax(0)
+        c = w_max.clamp(min=DEAD).pow(1 - self.alpha) / x_max.clamp(min=DEAD).pow(self.alpha)
+        return torch.where((x_max < DEAD) | (w_max < DEAD), 1.0, c)
+
+
+def _insert(site: Site, parts: dict[str, Tensor]) -> Insert:
+    """Return the insert that the learned tensors make."""
+    left = _dense(parts["left"])
+    if site.kind == "value":
+        return Insert("per_head", PerHead(left, site.size // site.head_size))
+    if site.kind == "query_key":
+        return Insert("dense", left)
+    if site.kind == "attn_out":
+        return Insert("dense", AcrossHeads(left, site.head_size))
+    turn = Kronecker(left, _dense(parts["right"]))
+    if "scale" not in parts:
+        return Insert("dense", turn)
+    return Insert("dense", Chain((Diagonal(parts["scale"].exp()), turn)))
+
+
+def _dense(a: Tensor) -> Dense:
+    return Dense(a, torch.linalg.inv(a))
+
+
+def _turn(size: int, rng: torch.Generator) -> Tensor:
+    """Return a random orthogonal matrix, float64."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=rng, dtype=torch.float64))
+    turn: Tensor = q * r.diagonal().sign()
+    return turn.contiguous()
