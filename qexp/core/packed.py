@@ -71,11 +71,19 @@ def quantizer_of(act: Callable[[Tensor], Tensor] | None) -> TokenQuantizer | Non
 
 
 class PackedInput(nn.Module):
-    """One input and the stacked weights of all layers that read it; ``rows`` are each reader's outputs."""
+    """One input and the stacked weights of all layers that read it; ``rows`` are each reader's outputs.
 
-    def __init__(self, path: InputPath, weight: PackedWeight, outputs: Sequence[int]) -> None:
+    ``beside`` [N, K] are the weights of the last K columns, which stay in floating point with what they read.
+    """
+
+    beside: Tensor | None
+
+    def __init__(
+        self, path: InputPath, weight: PackedWeight, outputs: Sequence[int], beside: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight
+        self.register_buffer("beside", beside)
         self.rows = _slices(outputs)
         self.act, self.quantizer = path.act, quantizer_of(path.act)
         self.maps, self.rotation = _split(path.maps, self.quantizer)
@@ -112,12 +120,19 @@ class PackedInput(nn.Module):
         rows = rows if rows.dtype in FLOATS else rows.float()
         for step in self.maps:
             rows = step.apply(rows)
-        if self.quantizer is None:
-            y = self.weight.times(rows if self.act is None else self.act(rows))
+        if self.beside is not None:
+            kept = self.beside.shape[1]
+            y = self._product(rows[:, :-kept].contiguous()) + rows[:, -kept:] @ self.beside.T.to(rows.dtype)
         else:
-            codes = self.quantizer.codes(rows, self.had_k, self.rotation is not None, self.weight.group)
-            y = self.weight.times_codes(codes, rows.dtype)
+            y = self._product(rows)
         return y.to(x.dtype).view(*x.shape[:-1], self.weight.outputs)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """Return what the integers say to rows [M, K]."""
+        if self.quantizer is None:
+            return self.weight.times(rows if self.act is None else self.act(rows))
+        codes = self.quantizer.codes(rows, self.had_k, self.rotation is not None, self.weight.group)
+        return self.weight.times_codes(codes, rows.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedInput:
         super()._apply(fn, recurse)
@@ -130,8 +145,9 @@ class PackedInput(nn.Module):
 class PackedLinear(nn.Module):
     """One reader of a ``PackedInput``, in the place of a linear layer. The first reader owns the input."""
 
-    def __init__(self, source: PackedInput, reader: int) -> None:
+    def __init__(self, source: PackedInput, reader: int, unmap: LinearMap | None = None) -> None:
         super().__init__()
+        self.unmap = unmap
         rows = source.rows[reader]
         self.in_features, self.out_features = source.weight.inputs, rows.stop - rows.start
         self.reader = reader
@@ -141,7 +157,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b [..., O] for x [..., I]."""
-        return self._shared[0].answer(x, self.reader)
+        y = self._shared[0].answer(x, self.reader)
+        return y if self.unmap is None else self.unmap.undual(y)
 
     @property
     def kind(self) -> str:

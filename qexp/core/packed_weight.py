@@ -10,7 +10,7 @@ arithmetic is the limit, at half the speed of 4-bit ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -59,6 +59,13 @@ class IntegerWeight:
         slices = self.codes.double().view(*self.scale.shape, -1)
         return ((slices - zero.double()[..., None]) * self.scale.double()[..., None]).view(self.codes.shape)
 
+    def stands_for(self, decoded: Tensor) -> bool:
+        """Return whether the first rows are ``decoded`` [R, I]."""
+        rows = slice(len(decoded))
+        zero = None if self.zero is None else self.zero[rows]
+        few = replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=zero)
+        return torch.allclose(few.decoded(), decoded.double(), rtol=1e-5, atol=0)
+
     def row_sums(self) -> Tensor:
         """Return the sums of the rows of the weight, float32 [O]; integer sums first, so that little is rounded."""
         columns = self.codes.shape[1] // self.scale.shape[1]
@@ -74,10 +81,10 @@ def integer_weight(linear: QuantLinear) -> IntegerWeight | None:
         return None
     zero = params.get("zero")
     made = IntegerWeight(codes, params["scale"].float(), None if zero is None else zero.float(), grid.bits)
-    some = slice(CHECKED_ROWS)
-    few = IntegerWeight(codes[some], made.scale[some], None if made.zero is None else made.zero[some], grid.bits)
-    decoded = grid.decode(codes[some], {name: value[some] for name, value in params.items()})
-    return made if torch.allclose(few.decoded(), decoded.double(), rtol=1e-5, atol=0) else None
+    middle = torch.full_like(made.scale, (2**grid.bits - 1) / 2)  # of a grid without a zero level
+    tried = [made] if zero is not None else [made, replace(made, zero=middle)]
+    decoded = grid.decode(codes[:CHECKED_ROWS], {name: value[:CHECKED_ROWS] for name, value in params.items()})
+    return next((guess for guess in tried if guess.stands_for(decoded)), None)
 
 
 def is_aligned(weight: IntegerWeight) -> bool:

@@ -157,6 +157,8 @@ def _stacks(members: list[Member]) -> Iterator[list[Member]]:
 
 def _install(model: nn.Module, stack: list[Member], path: InputPath) -> None:
     weight = PackedWeight([integers for _, _, integers in stack], [linear.bias for _, linear, _ in stack])
-    source = PackedInput(path, weight, [linear.out_features for _, linear, _ in stack])
-    for reader, (name, _, _) in enumerate(stack):
-        model.set_submodule(name, PackedLinear(source, reader))
+    beside = [linear.kept for _, linear, _ in stack if linear.kept is not None]
+    outputs = [linear.out_features for _, linear, _ in stack]
+    source = PackedInput(path, weight, outputs, torch.cat(beside) if beside else None)
+    for reader, (name, linear, _) in enumerate(stack):
+        model.set_submodule(name, PackedLinear(source, reader, linear.unmap))
