@@ -43,6 +43,13 @@ def test_every_file_is_a_choice() -> None:
     assert sum(len(files(f"method/{kind}")) for kind in KINDS) >= 21
 
 
+def test_every_recipe_and_every_member_in_two_of_them() -> None:
+    tried = [one for one in methods.swaps() if len(one) == 1 or one[0] in ("method=rtn", "method=quarot")]
+    assert len(tried) > len(compose.options("method")) + 2 * 40
+    assert {" ".join(one): wrong for one in tried if (wrong := methods.mistake(one))} == {}
+
+
+@pytest.mark.slow
 def test_every_recipe_with_every_member() -> None:
     tried = list(methods.swaps())
     per_recipe = 1 + sum(len(compose.options(f"method/{kind}")) + (kind in LISTS) for kind in KINDS)
@@ -59,7 +66,8 @@ def test_a_recipe_names_every_kind_and_no_settings(recipe: str) -> None:
     assert defaults, "the defaults list stands on one line"
     assert set(re.findall(r"\{(\w+):", defaults[1])) == set(KINDS)
     body = re.findall(r"^(\w+):", text, flags=re.MULTILINE)
-    assert set(body) <= {"defaults", "name", "inputs", "quantize_stream"}
+    assert set(body) <= {"defaults", "name", "inputs", "quantize_stream", "grid"}
+    assert re.findall(r"^grid: (.*)$", text, flags=re.MULTILINE) in ([], ["{group: 0}"])  # a key that every grid has
     assert method(f"method={recipe}")["name"] == recipe
     assert text.startswith("#") and len(text.splitlines()) <= 12
 
