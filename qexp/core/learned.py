@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from qexp.core.stages import Surroundings
 from qexp.core.words import Insert, Site
+
+Clips = Mapping[str, Tensor]
+"""Ratios in (0, 1] by site, each a tensor of one number, in place of the activation quantizer's own clip."""
+NO_CLIPS: Clips = MappingProxyType({})
 
 
 class Objective(Protocol):
@@ -19,16 +24,22 @@ class Objective(Protocol):
         """Return the number of sequences."""
         ...
 
-    def __call__(self, inserts: Mapping[str, Insert], chosen: Sequence[int], round_weights: bool) -> float:
-        """Return the mean loss of the chosen sequences under inserts by site; gradients go to the tensors of maps."""
+    def __call__(
+        self, inserts: Mapping[str, Insert], chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS
+    ) -> float:
+        """Return the mean loss of the chosen sequences under inserts and clips of activations by site.
+
+        Gradients go to the tensors of maps and clips.
+        """
         ...
 
 
 class Learned(NamedTuple):
-    """What was learned: an insert for each site by name, and the loss of every step."""
+    """What was learned: an insert for each site by name, the loss of every step, and clips of activations."""
 
     inserts: dict[str, Insert]
     losses: list[float]
+    clips: Clips = NO_CLIPS
 
 
 @runtime_checkable

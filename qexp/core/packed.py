@@ -66,7 +66,7 @@ def quantizer_of(act: Callable[[Tensor], Tensor] | None) -> TokenQuantizer | Non
     A per-token quantizer is a partial application of :func:`fake_quantize_per_token`: what it computes is what is read.
     """
     if isinstance(act, functools.partial) and act.func is fake_quantize_per_token and not act.args:
-        return TokenQuantizer(**act.keywords)
+        return TokenQuantizer(**{**act.keywords, "clip": float(act.keywords["clip"])})
     return None
 
 

@@ -170,7 +170,7 @@ class Act(Protocol):
         ...
 
     def freeze(self, kept: Params) -> Callable[[Tensor], Tensor]:
-        """Return the function x [..., I] -> x̂ [..., I] for one input, from what ``fit`` kept of it."""
+        """Return x [..., I] -> x̂ [..., I] for one input, from what ``fit`` kept, or a ``clip`` that was learned."""
         ...
 
 

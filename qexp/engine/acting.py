@@ -30,15 +30,15 @@ def calibrate(view: ModelView, act: Act, group: Group, stats: Stats | None) -> N
     """Keep the ranges of one input, behind all its maps, where the quantizer wants them."""
     if is_calibrated(act):
         assert stats is not None, "a calibrated quantizer without calibration"
-        view.linear(group.layers[0].name).path.ranges = act.fit(stats.low_I, stats.high_I)
+        view.linear(group.layers[0].name).path.ranges |= act.fit(stats.low_I, stats.high_I)
 
 
-def search_quantizer(act: Act) -> Callable[[Tensor], Tensor] | None:
-    """Return what stands for ``act`` while maps are tried: each batch is quantized by its own ranges."""
+def search_quantizer(act: Act, clip: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
+    """Return what stands for ``act`` while maps, or a clip, are tried: each batch is quantized by its own ranges."""
     if act.bits >= FULL_BITS:
         return None
     if not is_calibrated(act):
-        return act.freeze({})
+        return act.freeze({} if clip is None else {"clip": clip})
 
     def quantize(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.func import functional_call
 
-from qexp.core.learned import Imitated
+from qexp.core.learned import NO_CLIPS, Clips, Imitated
 from qexp.core.linear import InputPath
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
@@ -94,11 +94,12 @@ class Candidate:
 
 
 @contextmanager
-def quantizers(view: ModelView, method: Method, blocks: Iterable[int]) -> Iterator[None]:
+def quantizers(view: ModelView, method: Method, blocks: Iterable[int], clips: Clips = NO_CLIPS) -> Iterator[None]:
     """Switch the recipe's activation and key/value quantizers on, and off again; ranges are those of each batch."""
     which = list(blocks)
     groups = [group for block in which for group in view.groups(block)]
-    paths = [(view.linear(group.layers[0].name).path, search_quantizer(act_of(method, group))) for group in groups]
+    acts = [search_quantizer(act_of(method, group), clips.get(group.site)) for group in groups]
+    paths = [(view.linear(group.layers[0].name).path, act) for group, act in zip(groups, acts, strict=True)]
     doors = [door for block in which if (door := view.door(block)) is not None]
     try:
         for path, quantizer in paths:

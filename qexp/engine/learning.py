@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from qexp.core.errors import UserError
-from qexp.core.learned import Learned
+from qexp.core.learned import NO_CLIPS, Clips, Learned
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
 from qexp.core.rng import generator
@@ -63,11 +63,11 @@ class BlockObjective:
         """Return the number of sequences."""
         return len(self.inputs)
 
-    def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool) -> float:
-        """Return the error on the chosen sequences under ``inserts`` (by site name); gradients go to their tensors."""
+    def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS) -> float:
+        """Return the error on the chosen sequences under inserts and clips; gradients go to their tensors."""
         view, which = self.plan.view, list(chosen)
         x, target = self.inputs[which].to(view.model.device), self.targets[which].to(view.model.device)
-        with quantizers(view, self.plan.method, [self.index]), torch.enable_grad():
+        with quantizers(view, self.plan.method, [self.index], clips), torch.enable_grad():
             answer = self.candidate.block(inserts, self.index, x, self.kwargs, round_weights)
             loss = (answer - target).float().pow(2).mean() / self.scale
             loss.backward()
@@ -87,8 +87,8 @@ class ModelObjective:
         """Return the number of sequences."""
         return len(self.tokens)
 
-    def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool) -> float:
-        """Return the loss of the chosen sequences under ``inserts`` (by site name); gradients go to their tensors."""
+    def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS) -> float:
+        """Return the loss of the chosen sequences under inserts and clips; gradients go to their tensors."""
         device, which, entering = self.view.model.device, list(chosen), list[Tensor]()
         start, ids = self.embedded[which].to(device), self.tokens[which].to(device)
         blocks, turn = range(len(self.view.blocks)), inserts[RESIDUAL].map if RESIDUAL in inserts else None
@@ -96,7 +96,7 @@ class ModelObjective:
         def answer(block: int, x: Tensor) -> Tensor:
             return self.candidate.block(inserts, block, x, self.kwargs[block], round_weights)
 
-        with quantizers(self.view, self.method, blocks):
+        with quantizers(self.view, self.method, blocks, clips):
             with torch.no_grad():
                 x = start if turn is None else turn.apply(start)
                 for block in blocks:

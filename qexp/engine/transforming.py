@@ -59,6 +59,9 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> d
             objective = BlockObjective(plan, block, sites, source, kwargs)
             learned = transform.learn(sites, around, objective, generator(plan.seed, name, block), iter)
             losses[name], changes = learned.losses, dict(learned.inserts)
+            readers = {site.name: site.readers[0] for site in sites}
+            for place, clip in learned.clips.items():
+                view.linear(readers[place]).path.ranges = {"clip": clip}
         else:
             changes = {
                 site.name: transform.edit(site, around[site.name], generator(plan.seed, name, site.name))

@@ -27,16 +27,17 @@ COMPILED = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_ELEMENTS = 1 << 18  # 1 MB of float32: the second-level cache of one core
 
 
-def fake_quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
+def fake_quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float | Tensor) -> Tensor:
     """Round each row of x to its own grid of 2^bits values and return it dequantized.
 
     Shapes: x [..., I] -> same shape and dtype. Arithmetic in float32 for 16-bit x, else in the dtype of x.
-    Units: clip is a fraction of the row's range. A row with NaN or Inf becomes NaN; the others do not notice.
+    Units: clip is a fraction of the row's range, a tensor [1] where it is learned.
+    A row with NaN or Inf becomes NaN; the others do not notice.
     """
     return _fake(x, bits, x.shape[-1], symmetric, True, clip)
 
 
-def fake_quantize_groups(x: Tensor, bits: int, group: int, symmetric: bool, clip: float) -> Tensor:
+def fake_quantize_groups(x: Tensor, bits: int, group: int, symmetric: bool, clip: float | Tensor) -> Tensor:
     """Round each group of consecutive columns to its own grid, else as :func:`fake_quantize_per_token`.
 
     Shapes: x [..., I] -> same shape and dtype. Raises: ValueError if the group does not divide I.
@@ -60,7 +61,9 @@ def fake_quantize_fixed(x: Tensor, bits: int, scale: Tensor, zero: Tensor | None
     return ((codes - shift) * step).to(x.dtype)
 
 
-def fake_quantize_reference(x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float) -> Tensor:
+def fake_quantize_reference(
+    x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float | Tensor
+) -> Tensor:
     """Compute the op ``fake_quantize`` in plain torch.
 
     Shapes: x [..., I] of any float dtype, group divides I (0: all of it) -> same shape and dtype. ``widen``: a range is
@@ -72,21 +75,21 @@ def fake_quantize_reference(x: Tensor, bits: int, group: int, symmetric: bool, w
     return _on_grid(rows, grid).reshape(x.shape)
 
 
-def check_fake_quantize(x: Tensor, bits: int, group: int, clip: float) -> None:
+def check_fake_quantize(x: Tensor, bits: int, group: int, clip: float | Tensor) -> None:
     """Raise RuntimeError naming the first argument of ``fake_quantize`` that is wrong; works on fake tensors."""
     torch._check(x.dim() >= 1 and x.shape[-1] >= 1, lambda: f"x: got shape {tuple(x.shape)}, expected [..., d]")
     torch._check(2 <= bits <= 8, lambda: f"bits: got {bits}, expected 2 to 8")
-    torch._check(0 < clip <= 1, lambda: f"clip: got {clip}, expected a number in (0, 1]")
+    torch._check(bool(0 < clip <= 1), lambda: f"clip: got {clip}, expected a number in (0, 1]")
     d = x.shape[-1]
     divides = group >= 0 and d % (group or d) == 0
     torch._check(divides, lambda: f"group: got {group}, expected 0 or a divisor of d={d}")
 
 
-def _fake(x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float) -> Tensor:
+def _fake(x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float | Tensor) -> Tensor:
     """Run the op where its compiled kernel serves: a CPU, no gradient wanted, not float64; else plain torch."""
     learns = x.requires_grad and torch.is_grad_enabled()
     if x.device.type == "cpu" and x.dtype in COMPILED and not learns and x.shape[-1]:
-        y: Tensor = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, widen, clip)
+        y: Tensor = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, widen, float(clip))
         return y
     return fake_quantize_reference(x, bits, group, symmetric, widen, clip)
 
@@ -100,7 +103,7 @@ class Grid(NamedTuple):
     highest: int
 
 
-def symmetric_grid(rows: Tensor, bits: int, clip: float) -> Grid:
+def symmetric_grid(rows: Tensor, bits: int, clip: float | Tensor) -> Grid:
     """Return the grid whose greatest code stands for clip * max|x| of each row of [R, I]."""
     low, high = _range(rows)
     top = 2 ** (bits - 1) - 1
@@ -108,7 +111,7 @@ def symmetric_grid(rows: Tensor, bits: int, clip: float) -> Grid:
     return Grid(scale, None, -top - 1, top)
 
 
-def asymmetric_grid(rows: Tensor, bits: int, clip: float, with_zero: bool) -> Grid:
+def asymmetric_grid(rows: Tensor, bits: int, clip: float | Tensor, with_zero: bool) -> Grid:
     """Return the grid over clip times the range of each row of [R, I], widened to contain 0 on request."""
     low, high = _range(rows)
     if with_zero:

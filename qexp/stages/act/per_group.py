@@ -53,4 +53,5 @@ class PerGroup:
         """Return x [..., I] -> x̂ [..., I], same dtype; it looks at nothing but the token itself."""
         if self.bits >= FULL_BITS:
             return lambda x: x
-        return partial(fake_quantize_groups, bits=self.bits, group=self.group, symmetric=self.symmetric, clip=self.clip)
+        clip = kept.get("clip", self.clip)
+        return partial(fake_quantize_groups, bits=self.bits, group=self.group, symmetric=self.symmetric, clip=clip)

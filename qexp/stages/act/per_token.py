@@ -46,4 +46,5 @@ class PerToken:
         """Return x [..., I] -> x̂ [..., I], same dtype; it looks at nothing but the token itself."""
         if self.bits >= FULL_BITS:
             return lambda x: x
-        return partial(fake_quantize_per_token, bits=self.bits, symmetric=self.symmetric, clip=self.clip)
+        clip = kept.get("clip", self.clip)
+        return partial(fake_quantize_per_token, bits=self.bits, symmetric=self.symmetric, clip=clip)

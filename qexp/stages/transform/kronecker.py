@@ -7,7 +7,7 @@ placement of norms is fine. c starts as max|W|^(1-alpha) / max|X|^alpha; P start
 
 Source: arXiv:2410.09426 section 3, code 9d88ffc, methods/flatquant.md.
 Differs: P is free and its inverse computed in float64 (the code's direct_inv), c is exp of what is learned, so that it
-stays positive; clips of weights and activations are not learned here (tuner/clip is to do that).
+stays positive; of the clips only those of activations are learned, one ratio for both ends.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ import torch
 from torch import Tensor
 
 from qexp.core.compound_maps import AcrossHeads, Chain, PerHead
-from qexp.core.learned import Learned, Objective
+from qexp.core.learned import NO_CLIPS, Learned, Objective
 from qexp.core.maps import Dense, Diagonal, Kronecker
 from qexp.core.minimise import Knobs, minimise
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
 
 SCALED = ("attn_in", "mlp_in", "mlp_mid")
+CLIPPED = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
+CLIP_START = 4.0  # a logit: 0.982 of a token's range
 DEAD = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerMaps:
-    """``alpha`` of the first scale; ``rate`` of AdamW over ``epochs`` of batches of ``batch`` sequences."""
+    """``alpha`` of the first scale; ``rate`` of AdamW over ``epochs`` of batches of ``batch`` sequences.
+
+    ``clip_rate`` is that of the activation clips, 0 for none.
+    """
 
     alpha: float
     scale: bool
@@ -41,6 +46,7 @@ class KroneckerMaps:
     epochs: int
     batch: int
     rate: float
+    clip_rate: float
     decay: float
     load: str
 
@@ -68,6 +74,7 @@ class KroneckerMaps:
     ) -> Learned:
         """Return the maps of one block, and the loss of every step."""
         leaves = {site.name: self._start(site, around[site.name], rng) for site in sites}
+        clips = {site.name: torch.full((1,), CLIP_START).requires_grad_() for site in sites if site.kind in CLIPPED}
         tensors = [tensor.requires_grad_() for parts in leaves.values() for tensor in parts.values()]
         batch = min(self.batch, len(objective))
         steps = self.epochs * (len(objective) // batch)
@@ -76,11 +83,15 @@ class KroneckerMaps:
             chosen = [(step * batch + i) % len(objective) for i in range(batch)]
             with torch.enable_grad():
                 inserts = {site.name: _insert(site, leaves[site.name]) for site in sites}
-                return objective(inserts, chosen, round_weights=True)
+                ratios = {name: logit.sigmoid() for name, logit in clips.items()} if self.clip_rate else NO_CLIPS
+                return objective(inserts, chosen, True, ratios)
 
-        losses = minimise([Knobs(tensors, self.rate)], loss, track(range(steps)), steps, self.decay)
+        knobs = [Knobs(tensors, self.rate), *([Knobs(list(clips.values()), self.clip_rate)] if self.clip_rate else [])]
+        losses = minimise(knobs, loss, track(range(steps)), steps, self.decay)
         found = {name: {part: t.detach() for part, t in parts.items()} for name, parts in leaves.items()}
-        return Learned({site.name: _insert(site, found[site.name]) for site in sites}, losses)
+        inserts = {site.name: _insert(site, found[site.name]) for site in sites}
+        kept = {name: logit.detach().sigmoid() for name, logit in clips.items()} if self.clip_rate else NO_CLIPS
+        return Learned(inserts, losses, kept)
 
     def _start(self, site: Site, around: Surroundings, rng: torch.Generator) -> dict[str, Tensor]:
         """Return what is learned of a site, float64."""
