@@ -126,6 +126,9 @@ def pack_block(view: ModelView, block: int, report: BlockReport) -> Finished:
     plain = {n: p for n, p in weights.items() if n.removesuffix(".weight") not in quantized}
     tensors |= {f"plain.{name}": p.detach().cpu().clone() for name, p in plain.items()}
     facts = {"quantized": quantized, "paths": paths, "ranges": ranges, "kept": kept, "unmaps": unmaps}
+    door = view.door(block)
+    if door is not None and door.rotation is not None:
+        facts["rotation"] = _map_facts(tensors, "rotation", door.rotation)
     facts["report"] = asdict(report)
     return Finished(tensors, facts)
 
@@ -153,6 +156,9 @@ def install(view: ModelView, block: int, finished: Finished, grids: dict[str, An
         path.maps = [_map_of(tensors, f"map.{site}.{i}", about) for i, about in enumerate(steps)]
         path.kept = facts["kept"][site]
         path.ranges = {n: tensors[f"range.{site}.{n}"].to(view.model.device) for n in facts["ranges"][site]}
+    door = view.door(block)
+    if door is not None and "rotation" in facts:
+        door.rotation = _map_of(tensors, "rotation", facts["rotation"])
     for name, about in facts["unmaps"].items():
         view.linear(name).unmap = _map_of(tensors, f"unmap.{name}", about)
     for name, about in facts["quantized"].items():

@@ -53,6 +53,14 @@ RECIPES = {
     "awq": ["method=awq", "bits=w3a16g32"],
     "gptq on rotated outliers": ["method=gptq", "bits=w3a8", "model.outliers={kind:rotate}"],
 }
+LONGER = {
+    "spinquant": ["method=spinquant", "bits=w4a4kv4", "method.transform.learned_rotation.steps=2"],
+    "flatquant": ["method=flatquant", "bits=w4a4kv4", "method.transform.kronecker.epochs=1"],
+    "duquant": ["method=duquant", "bits=w4a4kv4", "method.transform.duquant.block=8"],
+    "quik": ["method=quik", "bits=w4a4"],
+    "quip": ["method=quip", "bits=w2a16"],
+    "ranges": ["method=gptq", "method/act=per_tensor", "bits=w4a8"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -88,10 +96,10 @@ def test_a_killed_run_continues(moment: str, tiny_folder: Path, tmp_path: Path) 
     assert list((tmp_path / "killed").glob("*/blocks/*.part")) == [], "what a kill left half written is cleared away"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER)])
 def test_any_prefix_of_blocks_gives_the_same_run(recipe: str, tiny_folder: Path, tmp_path: Path) -> None:
     """A kill leaves the first k blocks and no record; here for every k, without the kill."""
-    words = RECIPES[recipe]
+    words = (RECIPES | LONGER)[recipe]
     assert command(*tiny(tiny_folder, tmp_path / "whole", *words)).code == 0
     for kept in range(3):
         out = tmp_path / f"kept{kept}"
