@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import logging
 import platform
@@ -190,10 +191,20 @@ def _device(wanted: str) -> str:
 def _plain(member: Any) -> Any:
     """Return a member (or mapping of members) as plain data with class names, for the fingerprint."""
     if is_dataclass(member) and not isinstance(member, type):
-        return {"class": type(member).__qualname__} | {f.name: _plain(getattr(member, f.name)) for f in fields(member)}
+        values = {f.name: _plain(getattr(member, f.name)) for f in fields(member)}
+        if values.get("load"):
+            values["load"] = _digest_of(Path(values["load"]))
+        return {"class": type(member).__qualname__} | values
     if isinstance(member, Mapping):
         return [[key, _plain(value)] for key, value in member.items()]  # a list: the order of transforms matters
     return list(member) if isinstance(member, tuple | list) else member
+
+
+def _digest_of(path: Path) -> str:
+    """Return the sha256 of a file's contents. Raises: UserError if there is none."""
+    if not path.is_file():
+        raise UserError(f"load={path} does not exist", "a file that a run has left in its blocks folder", "load=''")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _remove_if_empty(folder: Path) -> None:

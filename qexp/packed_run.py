@@ -80,6 +80,7 @@ def _check_same_model(folder: Path, there: dict[str, Any], here: dict[str, Any])
 def _view(folder: Path, source: ModelSource, method: Method, config: dict[str, Any], device: str) -> Any:
     """Return the model with the run's transforms and blocks in it."""
     from qexp.data.generated import short_sample
+    from qexp.engine.acting import has_work
     from qexp.engine.blocks import activate
     from qexp.engine.learning import Learning
     from qexp.engine.solving import plan_of
@@ -94,7 +95,7 @@ def _view(folder: Path, source: ModelSource, method: Method, config: dict[str, A
     store = Store(folder / "blocks", [])
     transform_model(view, method, seed, Learning(None, store, track))
     grids = plan_of(view, method, seed).grids
-    for block in range(len(view.blocks)) if grids or method.stage("block") else ():
+    for block in range(len(view.blocks)) if has_work(method, grids) else ():
         install(view, block, store.once(f"{block:05d}", lambda: _missing(folder)), grids)
     activate(view, range(len(view.blocks)), method)
     return view

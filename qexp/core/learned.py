@@ -13,7 +13,7 @@ from qexp.core.stages import Surroundings
 from qexp.core.words import Insert, Site
 
 Clips = Mapping[str, Tensor]
-"""Ratios in (0, 1] by site, each a tensor of one number, in place of the activation quantizer's own clip."""
+"""Ratios in (0, 1] by site, each a tensor [], in place of the clip of a dynamic activation quantizer."""
 NO_CLIPS: Clips = MappingProxyType({})
 
 
@@ -44,12 +44,10 @@ class Learned(NamedTuple):
 
 @runtime_checkable
 class Learner(Protocol):
-    """A transform that is learned; its ``edit`` is where it starts."""
+    """A transform that is learned; its ``edit`` is where it starts.
 
-    @property
-    def load(self) -> str:
-        """Return the file of an earlier run to take instead of learning (model scope), or nothing."""
-        ...
+    One of model scope may have ``load``, the file of an earlier run to take instead of learning.
+    """
 
     def learn(
         self,

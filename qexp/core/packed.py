@@ -116,21 +116,23 @@ class PackedInput(nn.Module):
         return self._source is x and self._version == _version(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        rows = rows if rows.dtype in FLOATS else rows.float()
+        given = x if x.dtype in FLOATS else x.float()
         for step in self.maps:
-            rows = step.apply(rows)
+            given = step.apply(given)
         if self.beside is not None:
             kept = self.beside.shape[1]
-            y = self._product(rows[:, :-kept].contiguous()) + rows[:, -kept:] @ self.beside.T.to(rows.dtype)
+            exact = given[..., -kept:] @ self.beside.T.to(given.dtype)
+            y = self._product(given[..., :-kept]) + exact.flatten(0, -2)
         else:
-            y = self._product(rows)
+            y = self._product(given)
         return y.to(x.dtype).view(*x.shape[:-1], self.weight.outputs)
 
-    def _product(self, rows: Tensor) -> Tensor:
-        """Return what the integers say to rows [M, K]."""
+    def _product(self, x: Tensor) -> Tensor:
+        """Return what the integers say to x [..., K], as rows."""
         if self.quantizer is None:
-            return self.weight.times(rows if self.act is None else self.act(rows))
+            simulated = x if self.act is None else self.act(x)  # on sequences: it may compare their tokens
+            return self.weight.times(simulated.reshape(-1, x.shape[-1]).contiguous())
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         codes = self.quantizer.codes(rows, self.had_k, self.rotation is not None, self.weight.group)
         return self.weight.times_codes(codes, rows.dtype)
 

@@ -53,7 +53,6 @@ def _give_readers(model: nn.Module, site: Site, change: Insert, folded: bool) ->
         raise UserError(
             f"a map at {site.name} behind outlier_columns, which would mix the kept channels",
             "outlier_columns last",
-            "method/transform=[..,outlier_columns]",
         )
     path.maps.append(change.map)
 
@@ -111,14 +110,14 @@ def _write(module: Any, writer: Writer, change: Insert) -> None:
         weight.copy_(apply(weight.double()))
         return
     unmap: LinearMap | None = getattr(module, "unmap", None)
-
-    def written(rows: Tensor) -> Tensor:
-        """Return the outputs (rows) mapped, in front of a map that is taken back behind the product."""
-        return apply(rows) if unmap is None else unmap.apply(apply(unmap.undual(rows)))
-
-    weight.copy_(written(weight.double().T.contiguous()).T)
+    weight.copy_(written(change.map, unmap, weight.double().T.contiguous()).T)
     if module.bias is not None:
-        module.bias.copy_(written(module.bias.double()))
+        module.bias.copy_(written(change.map, unmap, module.bias.double()))
+
+
+def written(map: LinearMap, unmap: LinearMap | None, outputs: Tensor) -> Tensor:
+    """Return a writer's outputs [..., O] mapped, in front of a map that is taken back behind its product."""
+    return map.apply(outputs) if unmap is None else unmap.apply(map.apply(unmap.undual(outputs)))
 
 
 def _or(value: float, products: Tensor) -> Tensor:

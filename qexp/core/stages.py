@@ -33,7 +33,7 @@ class Surroundings(Protocol):
 
     @property
     def weights(self) -> Sequence[Tensor]:
-        """Return the readers' weights as they would be without online maps, each [O, I] float32."""
+        """Return the readers' weights, each [O, I] float32, as what is inserted here meets them."""
         ...
 
     @property

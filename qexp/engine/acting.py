@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor
 
-from qexp.core.stages import Act, Method
+from qexp.core.stages import Act, Grid, Method
 from qexp.core.words import FULL_BITS, Group, Stats
 from qexp.models.view import ModelView
 
@@ -21,6 +21,11 @@ def act_of(method: Method, group: Group) -> Act:
     return method.act if bits == method.act.bits else replace(cast("Any", method.act), bits=bits)
 
 
+def has_work(method: Method, grids: Mapping[str, Grid]) -> bool:
+    """Return whether anything of a recipe happens block by block; ``grids`` are those of the quantized layers."""
+    return bool(grids) or bool(method.stage("block")) or is_calibrated(method.act)
+
+
 def is_calibrated(act: Act) -> bool:
     """Return whether the quantizer keeps ranges of every input."""
     return act.bits < FULL_BITS and "activations" in act.needs
@@ -30,7 +35,9 @@ def calibrate(view: ModelView, act: Act, group: Group, stats: Stats | None) -> N
     """Keep the ranges of one input, behind all its maps, where the quantizer wants them."""
     if is_calibrated(act):
         assert stats is not None, "a calibrated quantizer without calibration"
-        view.linear(group.layers[0].name).path.ranges |= act.fit(stats.low_I, stats.high_I)
+        path = view.linear(group.layers[0].name).path
+        quantized = slice(0, len(stats.low_I) - path.kept)
+        path.ranges = act.fit(stats.low_I[quantized], stats.high_I[quantized])
 
 
 def search_quantizer(act: Act, clip: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:

@@ -1,9 +1,10 @@
 """Screen 2: the walk over the decoder blocks.
 
-Two streams enter each block: y as the float model computes it, x behind the blocks that are already quantized.
-A block is quantized in one order for every method: statistics, block-scope transforms, then layer group by layer group
-in forward order (each group sees the groups before it quantized). A finished block goes to disk and is never computed
-again; a resumed run installs it and replays the forwards, so that it ends with the same bits.
+One stream of hidden states enters each block: behind the blocks that are quantized already, or as the float model
+computes it (``method.inputs=float``). A block is quantized in one order for every method: statistics, block-scope
+transforms, then layer group by layer group in forward order (each group sees the groups before it quantized). A
+finished block goes to disk and is never computed again; a resumed run installs it and replays the forwards, so that it
+ends with the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS, BlockReport
-from qexp.engine.acting import act_of, calibrate, is_calibrated
+from qexp.engine.acting import act_of, calibrate, has_work
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
 from qexp.engine.solving import Plan, plan_of, solve_group
@@ -30,25 +31,24 @@ from qexp.models.view import ModelView
 def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -> list[BlockReport]:
     """Quantize all blocks in place with calibration ``tokens`` int64 [N, S]; return one report per block."""
     plan = plan_of(view, method, run.seed)
-    if not plan.grids and not method.stage("block") and not is_calibrated(method.act):
+    if not has_work(method, plan.grids):
         return []  # 16 bits everywhere: nothing to walk for
-    x, kwargs = embed(view, tokens)
-    y, reports = x if method.inputs == "float" else [], []
+    stream, kwargs = embed(view, tokens)
+    reports = []
     for block in run.progress("quantize blocks", range(len(view.blocks))):
-        more = block + 1 < len(view.blocks)  # nothing reads what the last block answers
-        float_out = advance(view, block, y, kwargs[block]) if more and method.inputs == "float" else y
-        source = y if method.inputs == "float" else x
+        last = block + 1 == len(view.blocks)  # nothing reads what it answers
+        following = advance(view, block, stream, kwargs[block]) if method.inputs == "float" and not last else None
 
-        def make(block: int = block, source: Stream = source) -> Finished:
-            return quantize_block(plan, block, source, kwargs[block])
+        def make(block: int = block, stream: Stream = stream) -> Finished:
+            return quantize_block(plan, block, stream, kwargs[block])
 
         finished = run.store.once(f"{block:05d}", make)
         install(view, block, finished, plan.grids)
         if method.quantize_stream:
             activate(view, [block], method)
             view.replays.clear()  # what they keep was computed before the quantizers were on
-        if more:
-            x, y = advance(view, block, x, kwargs[block]), float_out
+        if not last:
+            stream = advance(view, block, stream, kwargs[block]) if following is None else following
         view.replays.clear()
         reports.append(finished.report)
     return reports

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from qexp.core.learned import NO_CLIPS, Clips, Imitated
 from qexp.core.linear import InputPath
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
-from qexp.core.rewrite import dual_weight
+from qexp.core.rewrite import dual_weight, written
 from qexp.core.stages import Grid, Method
 from qexp.core.words import FULL_BITS, Insert, Site
 from qexp.engine.acting import act_of, search_quantizer
@@ -33,14 +34,18 @@ class Candidate:
         self.view, self.grids, self.sites = view, grids, {site.name: site for site in sites}
 
     def block(self, inserts: Inserts, block: int, x: Tensor, kwargs: Kwargs, round_weights: bool) -> Tensor:
-        """Return what a block answers to x; gradients reach the tensors of the inserts."""
+        """Return what a block answers to x; gradients reach the tensors of the inserts.
+
+        The whole block computes in the dtype of x, whatever its parameters are stored in.
+        """
         prefix = f"{self.view.prefix}.{block}."
         weights = self._weights(inserts, prefix)
         if round_weights:
             for name in (name for name in self.grids if name.startswith(prefix)):
                 W = wide(weights.get(f"{name}.weight", self.view.linear(name).weight))
                 weights[f"{name}.weight"] = _rounded(self.grids[name], W)
-        local = {name.removeprefix(prefix): W.to(x.dtype) for name, W in weights.items()}
+        plain = {f"{prefix}{name}": value for name, value in self.view.blocks[block].named_parameters()}
+        local = {name.removeprefix(prefix): W.to(x.dtype) for name, W in (plain | weights).items()}
         with self._online(inserts, prefix):
             answer = functional_call(self.view.blocks[block], local, (x,), kwargs)
         first: Tensor = answer[0] if isinstance(answer, tuple) else answer
@@ -59,9 +64,10 @@ class Candidate:
         for name, insert in sorted(inserts.items(), key=lambda item: not self._folded(*item)):
             site, folded = self.sites[name], self._folded(name, insert)
             for writer in (w.name for w in site.writers if folded and w.name.startswith(prefix)):
-                made[f"{writer}.weight"] = insert.map.apply(now(f"{writer}.weight").T).T
+                write = partial(written, insert.map, self.view.linear(writer).unmap)
+                made[f"{writer}.weight"] = write(now(f"{writer}.weight").T).T
                 if self.view.linear(writer).bias is not None:
-                    made[f"{writer}.bias"] = insert.map.apply(now(f"{writer}.bias"))
+                    made[f"{writer}.bias"] = write(now(f"{writer}.bias"))
             for reader in (r for r in site.readers if site.kind != "query_key" and r.startswith(prefix)):
                 online = self.view.linear(reader).path.maps if folded else []
                 made[f"{reader}.weight"] = dual_weight(now(f"{reader}.weight"), insert.map, online)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qexp.core.errors import UserError, choose
 from qexp.core.stages import Method
@@ -30,6 +32,7 @@ def check_method(method: Method, calibrated: bool) -> None:
                 right = ",".join([needed, *(other for other in method.transform if other != needed)])
                 raise UserError(f"transform {name} without {needed} before it", needed, f"method/transform=[{right}]")
         seen.append(name)
+    _check_kept_last(method)
     if method.tuner:
         raise UserError(f"method.tuner has {', '.join(method.tuner)}", "no tuner in this version", "method/tuner=[]")
     members: list[Any] = [method.grid, method.solver, *method.transform.values()]
@@ -43,18 +46,39 @@ def check_method(method: Method, calibrated: bool) -> None:
         )
 
 
+@runtime_checkable
+class Keeping(Protocol):
+    """A transform that keeps input channels out of quantization."""
+
+    def kept(self, size: int) -> int:
+        """Return how many of ``size`` channels."""
+
+
+def _check_kept_last(method: Method) -> None:
+    """Raise UserError for a transform behind kept channels, which it would mix or search without."""
+    names = list(method.transform)
+    for name in names[:-1]:
+        if isinstance(method.transform[name], Keeping):
+            order = ",".join([other for other in names if other != name] + [name])
+            raise UserError(f"transforms behind {name}", f"{name} last", f"method/transform=[{order}]")
+
+
 def check_model(view: ModelView, method: Method) -> None:
     """Raise UserError for what is wrong with a recipe on this model, before anything is computed with it."""
     from qexp.engine.solving import plan_of
 
     grids = plan_of(view, method, 0).grids
+    sites = [(transform, site) for transform in method.transform.values() for site in transform.sites(view)]
+    kept = {reader: t.kept(site.size) for t, site in sites if isinstance(t, Keeping) for reader in site.readers}
     for layer in view.layers:
+        seen = replace(layer, inputs=layer.inputs - kept.get(layer.name, 0))
         if layer.name in grids:
-            grids[layer.name].check(layer)
+            grids[layer.name].check(seen)
         if method.act.bits < FULL_BITS:
-            method.act.check(layer.inputs)
-    for transform in method.transform.values():
-        transform.sites(view)
+            method.act.check(seen.inputs)
+    outputs = Counter(site.name for _, site in sites if site.kind == "output")
+    if outputs and max(outputs.values()) > 1:
+        raise UserError("two transforms that turn the outputs of linears", "one", "method/transform=[incoherence]")
     if method.kv.bits < FULL_BITS and not view.has_door:
         raise UserError(
             f"KV quantization on a {view.config.model_type}, which has no attention interface",

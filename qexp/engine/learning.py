@@ -66,7 +66,7 @@ class BlockObjective:
     def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS) -> float:
         """Return the error on the chosen sequences under inserts and clips; gradients go to their tensors."""
         view, which = self.plan.view, list(chosen)
-        x, target = self.inputs[which].to(view.model.device), self.targets[which].to(view.model.device)
+        x, target = (narrow_to_wide(t[which].to(view.model.device)) for t in (self.inputs, self.targets))
         with quantizers(view, self.plan.method, [self.index], clips), torch.enable_grad():
             answer = self.candidate.block(inserts, self.index, x, self.kwargs, round_weights)
             loss = (answer - target).float().pow(2).mean() / self.scale
@@ -90,7 +90,7 @@ class ModelObjective:
     def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS) -> float:
         """Return the loss of the chosen sequences under inserts and clips; gradients go to their tensors."""
         device, which, entering = self.view.model.device, list(chosen), list[Tensor]()
-        start, ids = self.embedded[which].to(device), self.tokens[which].to(device)
+        start, ids = narrow_to_wide(self.embedded[which].to(device)), self.tokens[which].to(device)
         blocks, turn = range(len(self.view.blocks)), inserts[RESIDUAL].map if RESIDUAL in inserts else None
 
         def answer(block: int, x: Tensor) -> Tensor:
@@ -113,6 +113,10 @@ class ModelObjective:
                 turn.apply(start).backward(gradient)
         return loss
 
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = getattr(self.view.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     def _head(self, turn: LinearMap | None, x: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         """Return the loss and its gradient at what leaves the last block; one sequence of logits at a time."""
         family, total, gradients = self.view.described, 0.0, list[Tensor]()
@@ -122,12 +126,18 @@ class ModelObjective:
             leaf = row.detach().requires_grad_()
             with torch.enable_grad():
                 W = head.weight if turn is None else turn.dual(head.weight)
-                logits = linear(norm(leaf)[0, :-1], W.to(leaf.dtype), head.bias)
-                loss = cross_entropy(wide(logits), sequence[1:]) / len(ids)
+                bias = None if head.bias is None else head.bias.to(leaf.dtype)
+                logits = linear(norm(leaf)[0, :-1].to(leaf.dtype), W.to(leaf.dtype), bias)
+                loss = cross_entropy(self._capped(wide(logits)), sequence[1:]) / len(ids)
                 loss.backward()
             total += float(loss.detach())
             gradients.append(_gradient(leaf))
         return total, torch.cat(gradients)
+
+
+def narrow_to_wide(x: Tensor) -> Tensor:
+    """Return float16 as float32: gradients of means over many elements are too small for it."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def learned_once(view: ModelView, method: Method, name: str, transform: Any, seed: int, learning: Learning) -> Learned:
@@ -145,11 +155,13 @@ def learned_once(view: ModelView, method: Method, name: str, transform: Any, see
         maps = {site: insert.map for site, insert in learned.inserts.items()}
         return pack_maps(maps, {"kinds": kinds, "losses": learned.losses})
 
-    finished = read(Path(transform.load)) if transform.load else learning.store.once(f"learned-{name}", make)
+    load = getattr(transform, "load", "")
+    # A file that is taken is kept in the run's folder, too: the run is whole without it.
+    finished = learning.store.once(f"learned-{name}", (lambda: read(Path(load))) if load else make)
     kinds, maps = finished.facts.get("kinds", {}), unpack_maps(finished)
     if kinds.keys() != {site.name for site in sites} or any(maps[s.name].size != s.size for s in sites):
         raise UserError(
-            f"{transform.load or 'the stored file'} holds maps of other sites than this model has",
+            f"{load or 'the stored file'} holds maps of other sites than this model has",
             "a file learned on this model",
             f"method.transform.{name}.load=''",
         )

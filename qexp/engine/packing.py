@@ -24,7 +24,7 @@ from qexp.core.packed_kv import KvCodec, codec_of
 from qexp.core.packed_weight import IntegerWeight, PackedWeight, integer_weight, is_aligned
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method
-from qexp.core.words import FULL_BITS, Group
+from qexp.core.words import FULL_BITS, Group, Layer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -104,6 +104,8 @@ def pack_head(packed: PackedModel, act_bits: int = FULL_BITS) -> None:
 
 def check_packable(method: Method) -> None:
     """Raise UserError, before anything heavy, if what the recipe's grid stores are no uniform integers."""
+    columns = 2 * method.grid.group if method.grid.group > 0 else 64
+    method.grid.check(Layer("a probe", "up", 0, 4, columns))
     if method.grid.bits < FULL_BITS and not is_uniform(method.grid):
         raise UserError(
             f"eval.speed on {type(method.grid).__name__}, which is no uniform integer grid",

@@ -69,7 +69,9 @@ class Store:
 
 
 def read(path: Path) -> Finished:
-    """Return what a file of the store holds. Raises: UserError if it is corrupt."""
+    """Return what a file of the store holds. Raises: UserError if it is missing or corrupt."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", "a file that a run has left in its blocks folder")
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -89,7 +91,8 @@ def pack_maps(maps: dict[str, LinearMap], facts: dict[str, Any]) -> Finished:
 
 def unpack_maps(finished: Finished) -> dict[str, LinearMap]:
     """Return the maps that :func:`pack_maps` packed."""
-    return {name: _map_of(finished.tensors, f"map.{name}", about) for name, about in finished.facts["maps"].items()}
+    maps = finished.facts.get("maps", {})
+    return {name: _map_of(finished.tensors, f"map.{name}", about) for name, about in maps.items()}
 
 
 @torch.no_grad()

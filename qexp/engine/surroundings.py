@@ -32,15 +32,23 @@ class SiteSurroundings:
     """One site during block ``block``'s transforms; nothing is left changed behind any call."""
 
     def __init__(
-        self, view: ModelView, site: Site, stats: Stats | None, damage: Callable[[LinearMap], float] | None
+        self,
+        view: ModelView,
+        site: Site,
+        stats: Stats | None,
+        damage: Callable[[LinearMap], float] | None,
+        folded: bool = True,
     ) -> None:
-        self._view, self._site, self._stats, self._damage = view, site, stats, damage
+        self._view, self._site, self._stats, self._damage, self._folded = view, site, stats, damage, folded
 
     @property
     def weights(self) -> list[Tensor]:
-        """Return the readers' weights as they would be without online maps, each [O, I] float32."""
-        size = self._site.size
-        return [reader_weight(self._view.linear(n), _Identity(size), True).float() for n in self._site.readers]
+        """Return the readers' weights, each [O, I] float32, as what is inserted here meets them.
+
+        A folded map acts in front of the online ones, so the weights are without these; another behind them.
+        """
+        readers = [self._view.linear(name) for name in self._site.readers]
+        return [undo(r.weight.double(), r.path.maps if self._folded else []).float() for r in readers]
 
     @property
     def gain(self) -> Tensor | None:
@@ -55,28 +63,13 @@ class SiteSurroundings:
     @property
     def stats(self) -> Stats:
         """Return the statistics of the site's activation."""
-        assert self._stats is not None, "a model-scope transform asked for statistics"
+        assert self._stats is not None, "statistics of a site that has none: model scope, or read by no linear"
         return self._stats
 
     def damage(self, candidate: LinearMap) -> float:
         """Return the mean squared output error with ``candidate`` inserted and everything rounded."""
-        assert self._damage is not None, "a model-scope transform asked for damage"
+        assert self._damage is not None, "damage at a site that has none: model scope, or read by no linear"
         return self._damage(candidate)
-
-
-class _Identity:
-    """The map that does nothing."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def apply(self, x: Tensor) -> Tensor:
-        return x
-
-    dual = undual = apply
-
-    def state(self) -> tuple[str, dict[str, Tensor], dict[str, int | str]]:
-        return "identity", {}, {"size": self.size}
 
 
 def inspected(view: ModelView, group: Group) -> nn.Module:

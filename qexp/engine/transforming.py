@@ -13,6 +13,7 @@ from qexp.core.learned import Learner
 from qexp.core.rng import generator
 from qexp.core.stages import Method, Transform
 from qexp.core.words import Group, Insert, Site, Split
+from qexp.engine.acting import is_calibrated
 from qexp.engine.capture import observe
 from qexp.engine.learning import BlockObjective, Learning, learned_once
 from qexp.engine.solving import Plan
@@ -60,7 +61,7 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> d
             learned = transform.learn(sites, around, objective, generator(plan.seed, name, block), iter)
             losses[name], changes = learned.losses, dict(learned.inserts)
             readers = {site.name: site.readers[0] for site in sites}
-            for place, clip in learned.clips.items():
+            for place, clip in ({} if is_calibrated(plan.method.act) else learned.clips).items():
                 view.linear(readers[place]).path.ranges = {"clip": clip}
         else:
             changes = {
@@ -89,7 +90,7 @@ def _surroundings(
             group = behind[site.name]
             stats, record = known[group.site], partial(calls, view, group, source, kwargs)
             damage = damage_oracle(plan, group, site.name in folded, record, stats)
-        around[site.name] = SiteSurroundings(view, site, stats, damage)
+        around[site.name] = SiteSurroundings(view, site, stats, damage, site.name in folded)
     return around
 
 

@@ -18,6 +18,8 @@ def sizes(view: ModelView, method: Method) -> dict[str, float]:
     linears = [view.linear(layer.name) for layer in view.layers]
     paths = {id(linear.path): linear.path for linear in linears}.values()
     maps = [step for path in paths for step in path.maps] + [one.unmap for one in linears if one.unmap is not None]
+    doors = [door for block in range(len(view.blocks)) if (door := view.door(block)) is not None]
+    maps += [door.rotation for door in doors if door.rotation is not None]
     tensors = [t for step in maps for t in step.state()[1].values()] + [t for p in paths for t in p.ranges.values()]
     online = sum(tensor.nbytes for tensor in tensors)
     parameters = sum(p.numel() for p in {id(p): p for p in view.model.parameters()}.values())

@@ -31,7 +31,7 @@ def fake_quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float |
     """Round each row of x to its own grid of 2^bits values and return it dequantized.
 
     Shapes: x [..., I] -> same shape and dtype. Arithmetic in float32 for 16-bit x, else in the dtype of x.
-    Units: clip is a fraction of the row's range, a tensor [1] where it is learned.
+    Units: clip is a fraction of the row's range, a tensor [] where it is learned.
     A row with NaN or Inf becomes NaN; the others do not notice.
     """
     return _fake(x, bits, x.shape[-1], symmetric, True, clip)

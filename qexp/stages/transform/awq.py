@@ -20,6 +20,7 @@ import torch
 from qexp.core.maps import Diagonal
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
+from qexp.stages.transform._shared import check_places
 
 FLOOR = 1e-4
 
@@ -36,6 +37,10 @@ class Awq:
     after: ClassVar[tuple[str, ...]] = ()
     inserts: ClassVar[str] = "diagonal"
     scope: ClassVar[str] = "block"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an unknown kind of site."""
+        check_places("awq", self.places)
 
     def sites(self, model: Sites) -> list[Site]:
         """Return the configured sites whose writers can absorb a diagonal."""

@@ -20,6 +20,7 @@ from qexp.core.errors import UserError
 from qexp.core.maps import Diagonal
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
+from qexp.stages.transform._shared import check_places
 
 DEAD = 1e-5
 
@@ -40,6 +41,7 @@ class ColumnScale:
 
     def __post_init__(self) -> None:
         """Raise UserError for an alpha outside [0, 1]."""
+        check_places("column_scale", self.places)
         if not 0 <= self.alpha <= 1:
             key = "method.transform.column_scale.alpha=0.15"
             raise UserError(f"transform.column_scale.alpha={self.alpha}", "a number from 0 to 1", key)

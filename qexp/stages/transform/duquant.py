@@ -27,6 +27,7 @@ from qexp.core.hadamard import Hadamard
 from qexp.core.maps import Dense, LinearMap, Permutation
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
+from qexp.stages.transform._shared import check_places
 
 PATIENCE = 32  # steps without a lower peak: the paper's Table E15 is flat from 4 steps on
 
@@ -52,6 +53,7 @@ class DuQuant:
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown choice."""
+        check_places("duquant", self.places)
         for name, choices in {
             "rotation": ("greedy", "hadamard"),
             "side": ("left", "right"),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qexp.core.compound_maps import AcrossHeads, Chain, PerHead
+from qexp.core.errors import UserError
 from qexp.core.learned import NO_CLIPS, Learned, Objective
 from qexp.core.maps import Dense, Diagonal, Kronecker
 from qexp.core.minimise import Knobs, minimise
@@ -48,13 +49,18 @@ class KroneckerMaps:
     rate: float
     clip_rate: float
     decay: float
-    load: str
 
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
     after: ClassVar[tuple[str, ...]] = ()
     inserts: ClassVar[str] = "dense"
     scope: ClassVar[str] = "block"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a batch or number of epochs that means nothing."""
+        if self.batch < 1 or self.epochs < 0:
+            got = f"kronecker.batch={self.batch}, epochs={self.epochs}"
+            raise UserError(got, "at least one sequence and no negative epochs", "method.transform.kronecker.batch=4")
 
     def sites(self, model: Sites) -> list[Site]:
         """Return every input of a linear, the values, and queries and keys."""
@@ -74,7 +80,7 @@ class KroneckerMaps:
     ) -> Learned:
         """Return the maps of one block, and the loss of every step."""
         leaves = {site.name: self._start(site, around[site.name], rng) for site in sites}
-        clips = {site.name: torch.full((1,), CLIP_START).requires_grad_() for site in sites if site.kind in CLIPPED}
+        clips = {site.name: torch.tensor(CLIP_START).requires_grad_() for site in sites if site.kind in CLIPPED}
         tensors = [tensor.requires_grad_() for parts in leaves.values() for tensor in parts.values()]
         batch = min(self.batch, len(objective))
         steps = self.epochs * (len(objective) // batch)

@@ -78,6 +78,8 @@ class LearnedRotation:
         track: Callable[[range], Iterable[int]],
     ) -> Learned:
         """Return the rotation of each site, and the loss of every step."""
+        if not sites:
+            return Learned({}, [])
         turns, losses = {site.name: self._start(site, rng) for site in sites}, []
         for step in track(range(self.steps)):
             leaves = {name: R.clone().requires_grad_() for name, R in turns.items()}
@@ -102,6 +104,8 @@ class LearnedRotation:
         """Return every rotation after one step against its gradient, clipped together by their norm."""
         gradients = {name: torch.zeros_like(R) if R.grad is None else R.grad for name, R in leaves.items()}
         norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
+        if not math.isfinite(norm):
+            return {name: R.detach() for name, R in leaves.items()}  # one bad batch must not spoil what was learned
         scale = min(1.0, self.clip_norm / (norm + 1e-6))
         part = step / self.steps
         rate = self.rate * ((1 + math.cos(math.pi * part)) / 2 if self.schedule == "cosine" else 1 - part)

@@ -19,6 +19,7 @@ import torch
 from qexp.core.errors import UserError
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Site, Split
+from qexp.stages.transform._shared import check_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,18 @@ class OutlierColumns:
 
     def __post_init__(self) -> None:
         """Raise UserError for settings that mean nothing."""
+        check_places("outlier_columns", self.places)
         if not 0 <= self.fraction < 1 or self.multiple < 1:
             got = f"outlier_columns.fraction={self.fraction}, multiple={self.multiple}"
             raise UserError(got, "a fraction in [0, 1)", "method.transform.outlier_columns.fraction=0.03125")
 
     def kept(self, size: int) -> int:
         """Return how many of ``size`` channels are kept."""
-        return min(math.ceil(self.fraction * size / self.multiple) * self.multiple, size - self.multiple)
+        kept = min(math.ceil(self.fraction * size / self.multiple) * self.multiple, size - self.multiple)
+        if kept <= 0 < self.fraction:
+            got = f"outlier_columns.multiple={self.multiple} on a site of {size} channels"
+            raise UserError(got, "a smaller number", "method.transform.outlier_columns.multiple=8")
+        return kept
 
     def sites(self, model: Sites) -> list[Site]:
         """Return the configured sites."""

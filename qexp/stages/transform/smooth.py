@@ -19,6 +19,7 @@ from qexp.core.errors import UserError
 from qexp.core.maps import Diagonal
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
+from qexp.stages.transform._shared import check_places
 
 DEAD = 1e-5
 AUTO = tuple(0.30 + 0.05 * i for i in range(14))
@@ -35,7 +36,7 @@ class Smooth:
     places: Sequence[str]
     online: bool
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
     after: ClassVar[tuple[str, ...]] = ()
     inserts: ClassVar[str] = "diagonal"
@@ -43,6 +44,7 @@ class Smooth:
 
     def __post_init__(self) -> None:
         """Raise UserError for an alpha outside [0, 1]."""
+        check_places("smooth", self.places)
         if self.alpha != "auto" and not 0 <= float(self.alpha) <= 1:
             raise UserError(f"alpha={self.alpha}", "a number from 0 to 1, or auto", "method.transform.smooth.alpha=0.5")
 
