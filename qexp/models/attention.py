@@ -1,7 +1,8 @@
 """The attention door: where queries, keys and values arrive after RoPE, and are rotated and quantized.
 
 transformers lets a model choose a registered attention function; ours is its scaled-dot-product attention
-with an optional step in front. A module without a ``door`` computes exactly what "sdpa" computes.
+with an optional step in front. A module without a ``door`` computes exactly what "sdpa" computes. Where a query reads
+some keys exactly and others quantized, attention is written out (``plain_attention``).
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from qexp.core.errors import UserError
+from qexp.core.kv_forms import ResidualKv
 from qexp.core.maps import LinearMap
-from qexp.core.placed import wide
 from qexp.core.stages import Kv
+from qexp.models.plain_attention import Seen, exactly, plain_attention
 
 NAME = "qexp"
 
@@ -41,42 +43,46 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the attention output [B, S, A, E] for q [B, A, S, E] and k, v [B, A_kv, S, E]."""
     door = getattr(module, "door", None)
+    seen = exactly(key, value)
     if door is not None and door.kv is not None:
-        query, key, value = _through(door, door.kv, query, key, value)
-    if kwargs.get("softcap") is not None:
-        return _softcapped(query, key, value, attention_mask, kwargs), None
-    answer: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        query, seen = _through(door, door.kv, query, seen)
+    if seen.exact is not None:
+        _check_positions(module, query, key)
+    if seen.exact is not None or kwargs.get("softcap") is not None:
+        return plain_attention(query, seen, attention_mask, kwargs.get("scaling"), kwargs.get("softcap")), None
+    answer: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+        module, query, seen.key, seen.value, attention_mask, **kwargs
+    )
     return answer
 
 
-def _through(door: Door, kv: Kv, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v rotated and quantized; what comes out of a packed cache has only its query rotated."""
+def _through(door: Door, kv: Kv, query: Tensor, given: Seen) -> tuple[Tensor, Seen]:
+    """Return q, and k and v rotated and quantized; what comes out of a packed cache has only its query rotated."""
     decoded, door.decoded = door.decoded() if door.decoded else None, None
-    if decoded is not None and decoded is not key:
+    if decoded is not None and decoded is not given.key:
         raise RuntimeError("the keys of a packed cache were changed on their way to attention; use another cache")
     if door.rotation is not None:
         query = door.rotation.apply(query)
     if decoded is not None:
-        return query, key, value
-    if door.rotation is not None:
-        key = door.rotation.apply(key)
-    return query, *kv(key, value)
+        return query, given
+    key, value = given.key if door.rotation is None else door.rotation.apply(given.key), given.value
+    rounded_key, rounded_value = kv(key, value)
+    sizes = query.shape[-2], key.shape[-2]
+    exact = kv.exact(*sizes, key.device) if isinstance(kv, ResidualKv) else None
+    if exact is None:
+        return query, exactly(rounded_key, rounded_value)
+    return query, Seen(key, value, rounded_key, rounded_value, exact)
 
 
-def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """Return attention with capped scores (Gemma 2), which "sdpa" refuses; scores at least in float32."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    scores = wide(query @ key.transpose(-1, -2)) * scaling
-    scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
-    if mask is None:
-        S, K = scores.shape[-2:]
-        mask = torch.ones(S, K, dtype=torch.bool, device=scores.device).tril(K - S)
-    lowest = torch.finfo(scores.dtype).min  # finite: a row of padding sees nothing, and must not become NaN
-    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
-    return mixed.transpose(1, 2).contiguous()
+def _check_positions(module: nn.Module, query: Tensor, key: Tensor) -> None:
+    """Raise UserError where a sliding cache may have dropped keys, so that groups of tokens cannot be counted."""
+    window = getattr(module, "sliding_window", None)
+    if window is not None and query.shape[-2] < key.shape[-2] >= window:
+        raise UserError(
+            "a KV quantizer over groups of tokens, decoding behind a cache with sliding windows",
+            "a cache that keeps every position (PackedModel.new_cache), or one forward without a cache",
+            "method/kv=per_head",
+        )
 
 
 def install(model: PreTrainedModel) -> bool:
