@@ -21,6 +21,7 @@ from qexp.core.linear import InputPath, QuantLinear
 from qexp.core.packed import PackedInput, PackedLinear
 from qexp.core.packed_head import PackedEmbedding, packed_head, rounded_rows
 from qexp.core.packed_kv import KvCodec, codec_of
+from qexp.core.packed_residual import ResidualCodec, residual_codec_of
 from qexp.core.packed_weight import IntegerWeight, PackedWeight, integer_weight, is_aligned
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method
@@ -44,18 +45,22 @@ class PackedModel:
 
     model: PreTrainedModel
     kernels: dict[str, str]
-    codec: KvCodec | None
+    codec: KvCodec | ResidualCodec | None
     doors: list[Door]
 
     def new_cache(self) -> Cache:
         """Return an empty KV cache: packed codes if the recipe quantizes keys and values, else transformers' own."""
         from transformers import DynamicCache
 
-        from qexp.models.packed_cache import PackedKvCache
+        from qexp.models.packed_cache import PackedKvCache, PackedKvLayer
+        from qexp.models.residual_cache import ResidualKvLayer
 
-        if self.codec is None:
+        codec = self.codec
+        if codec is None:
             return DynamicCache(config=self.model.config)
-        return PackedKvCache(self.codec, self.doors)
+        if isinstance(codec, ResidualCodec):
+            return PackedKvCache([ResidualKvLayer(codec, door) for door in self.doors])
+        return PackedKvCache([PackedKvLayer(codec, door) for door in self.doors])
 
     def counts(self) -> dict[str, int]:
         """Return how many layers each kernel computes, most first."""
@@ -76,7 +81,7 @@ def pack_model(view: ModelView, method: Method) -> PackedModel:
         log.warning("%s leaves nothing to pack: every layer stays in floating point", method.name)
     doors = [door for block in range(len(view.blocks)) if (door := view.door(block)) is not None]
     quantizes = bool(doors) and method.kv.bits < FULL_BITS
-    codec = codec_of(method.kv, view.head_size) if quantizes else None
+    codec = _codec(method, view.head_size) if quantizes else None
     if quantizes and codec is None:
         log.warning("KV cache of %d bits has no packed form: it is fake-quantized, in floating point", method.kv.bits)
     packed = PackedModel(view.model, kernels, codec, doors)
@@ -142,6 +147,10 @@ def _pack_group(view: ModelView, group: Group) -> dict[str, str]:
 def kernel_of(layer: nn.Module) -> str:
     """Return what computes a layer of a packed model."""
     return layer.kind if isinstance(layer, PackedLinear) else PLAIN
+
+
+def _codec(method: Method, head_size: int) -> KvCodec | ResidualCodec | None:
+    return codec_of(method.kv, head_size) or residual_codec_of(method.kv, head_size)
 
 
 def _stacks(members: list[Member]) -> Iterator[list[Member]]:

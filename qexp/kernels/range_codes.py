@@ -50,7 +50,7 @@ def encode_range(x: Tensor, bits: int, group: int) -> RangeCodes:
     rows = _rows(x, group)
     scale, low = _range(rows, bits)
     codes = _codes(rows, scale, low, bits).nan_to_num(nan=0.0).to(torch.uint8)
-    return RangeCodes(pack_codes(codes.flatten(-2), bits), scale.squeeze(-1), low.squeeze(-1))
+    return RangeCodes(pack_codes(codes.flatten(-2), bits).contiguous(), scale.squeeze(-1), low.squeeze(-1))
 
 
 def decode_range(codes: RangeCodes, bits: int, group: int, dtype: torch.dtype) -> Tensor:
