@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from qexp.core.stages import Kv
+
 
 @runtime_checkable
 class ResidualKv(Protocol):
@@ -32,3 +34,20 @@ class ResidualKv(Protocol):
 
         Shapes: bool [queries, keys] each, or None where all of them read the same quantized ones.
         """
+
+
+@runtime_checkable
+class EarlyKv(Protocol):
+    """A quantizer that can round keys before positions turn them; it then leaves the keys that the door gives it."""
+
+    @property
+    def pre_rope(self) -> bool:
+        """Return whether it does."""
+
+    def round_keys(self, k_E: Tensor) -> Tensor:
+        """Return keys [..., E] before RoPE, quantized."""
+
+
+def early(kv: Kv | None) -> EarlyKv | None:
+    """Return the quantizer if it rounds keys before RoPE."""
+    return kv if isinstance(kv, EarlyKv) and kv.pre_rope else None

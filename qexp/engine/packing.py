@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qexp.core.errors import UserError
+from qexp.core.kv_forms import early
 from qexp.core.linear import InputPath, QuantLinear
 from qexp.core.packed import PackedInput, PackedLinear
 from qexp.core.packed_head import PackedEmbedding, packed_head, rounded_rows
@@ -71,8 +72,9 @@ class PackedModel:
 def pack_model(view: ModelView, method: Method) -> PackedModel:
     """Replace the quantized layers of ``view`` in place; the view is spent, its model lives on in the answer.
 
-    The quantizers must be on (``engine.blocks.activate``).
+    The quantizers must be on (``engine.blocks.activate``). Raises: UserError if the keys are quantized before RoPE.
     """
+    check_cacheable(method)
     kernels: dict[str, str] = {}
     for block in range(len(view.blocks)):
         for group in view.groups(block):
@@ -108,12 +110,23 @@ def pack_head(packed: PackedModel, act_bits: int = FULL_BITS) -> None:
 
 
 def check_packable(method: Method) -> None:
-    """Raise UserError, before anything heavy, if what the recipe's grid stores are no uniform integers."""
+    """Raise UserError, before anything heavy, for a grid of no uniform integers, or keys that no cache can hold."""
+    check_cacheable(method)
     if method.grid.bits < FULL_BITS and not is_uniform(method.grid):
         raise UserError(
             f"eval.speed on {type(method.grid).__name__}, which is no uniform integer grid",
             "an integer grid",
             "eval.speed=false or method/grid=integer",
+        )
+
+
+def check_cacheable(method: Method) -> None:
+    """Raise UserError if the keys are quantized before RoPE, so that codes of them cannot be what attention reads."""
+    if method.kv.bits < FULL_BITS and early(method.kv):
+        raise UserError(
+            "kv.pre_rope=true with a packed KV cache",
+            "keys quantized behind RoPE",
+            "method.kv.pre_rope=false or eval.speed=false",
         )
 
 

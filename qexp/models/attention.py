@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qexp.core.errors import UserError
-from qexp.core.kv_forms import ResidualKv
+from qexp.core.kv_forms import ResidualKv, early
 from qexp.core.maps import LinearMap
 from qexp.core.stages import Kv
 from qexp.models.plain_attention import Seen, exactly, plain_attention
@@ -36,6 +36,19 @@ class Door:
     rotation: LinearMap | None = None
     kv: Kv | None = None
     decoded: weakref.ref[Tensor] | None = None
+
+
+@dataclass
+class EarlyKeys:
+    """A forward hook behind the keys' projection or norm: rounds them, if what the door holds does so before RoPE."""
+
+    door: Door
+    head_size: int
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """Return keys [..., A E] or [..., E] quantized head by head, or None to leave them."""
+        kv = early(self.door.kv)
+        return None if kv is None else kv.round_keys(output.unflatten(-1, (-1, self.head_size))).flatten(-2)
 
 
 def attention(
@@ -57,15 +70,19 @@ def attention(
 
 
 def _through(door: Door, kv: Kv, query: Tensor, given: Seen) -> tuple[Tensor, Seen]:
-    """Return q, and k and v rotated and quantized; what comes out of a packed cache has only its query rotated."""
+    """Return q, and k and v rotated and quantized; what comes out of a packed cache has only its query rotated.
+
+    Keys that were rounded before RoPE are not rotated, nor are their queries.
+    """
+    rotation = None if early(kv) else door.rotation
     decoded, door.decoded = door.decoded() if door.decoded else None, None
     if decoded is not None and decoded is not given.key:
         raise RuntimeError("the keys of a packed cache were changed on their way to attention; use another cache")
-    if door.rotation is not None:
-        query = door.rotation.apply(query)
+    if rotation is not None:
+        query = rotation.apply(query)
     if decoded is not None:
         return query, given
-    key, value = given.key if door.rotation is None else door.rotation.apply(given.key), given.value
+    key, value = given.key if rotation is None else rotation.apply(given.key), given.value
     rounded_key, rounded_value = kv(key, value)
     sizes = query.shape[-2], key.shape[-2]
     exact = kv.exact(*sizes, key.device) if isinstance(kv, ResidualKv) else None
