@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -59,8 +60,8 @@ def attention(
     seen = exactly(key, value)
     if door is not None and door.kv is not None:
         query, seen = _through(door, door.kv, query, seen)
-    if seen.exact is not None:
-        _check_positions(module, query, key)
+        if isinstance(door.kv, ResidualKv):
+            _check_positions(module, query, seen, attention_mask)
     if seen.exact is not None or kwargs.get("softcap") is not None:
         return plain_attention(query, seen, attention_mask, kwargs.get("scaling"), kwargs.get("softcap")), None
     answer: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
@@ -91,15 +92,28 @@ def _through(door: Door, kv: Kv, query: Tensor, given: Seen) -> tuple[Tensor, Se
     return query, Seen(key, value, rounded_key, rounded_value, exact)
 
 
-def _check_positions(module: nn.Module, query: Tensor, key: Tensor) -> None:
-    """Raise UserError where a sliding cache may have dropped keys, so that groups of tokens cannot be counted."""
-    window = getattr(module, "sliding_window", None)
-    if window is not None and query.shape[-2] < key.shape[-2] >= window:
+def _check_positions(module: nn.Module, query: Tensor, seen: Seen, mask: Tensor | None) -> None:
+    """Raise UserError where groups of tokens cannot be counted: behind padding, or where a cache has dropped keys."""
+    keys, window = seen.key.shape[-2], getattr(module, "sliding_window", None)
+    short = window is None or keys <= window
+    if mask is not None and short and not _sees_the_first(mask):
+        raise UserError(
+            "a KV quantizer over groups of tokens on a batch padded on the left",
+            "padding on the right, or prompts of equal length",
+            "method/kv=per_head",
+        )
+    if seen.exact is not None and window is not None and query.shape[-2] < keys >= window:
         raise UserError(
             "a KV quantizer over groups of tokens, decoding behind a cache with sliding windows",
             "a cache that keeps every position (PackedModel.new_cache), or one forward without a cache",
             "method/kv=per_head",
         )
+
+
+def _sees_the_first(mask: Tensor) -> bool:
+    """Return whether the last query of every sequence sees the first key; mask bool or additive, [B, A or 1, S, K]."""
+    last = mask[:, :, -1, 0]
+    return bool((last if last.dtype == torch.bool else last == 0).all())
 
 
 def install(model: PreTrainedModel) -> bool:

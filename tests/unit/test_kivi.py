@@ -175,6 +175,15 @@ def test_padding_on_the_right_changes_no_real_token():
     assert distance(logits(view.model, padded, attention_mask=mask)[:, :8], logits(view.model, ids)) < 1e-9
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@torch.no_grad()
+def test_padding_on_the_left_is_refused(family):
+    view, ids = view_with(family, kivi()), tokens(2, 4)
+    padded = torch.cat([torch.full((2, 1), 2), ids], 1)
+    with pytest.raises(UserError, match="padded on the left; need padding on the right"):
+        logits(view.model, padded, attention_mask=(padded != 2).long())
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

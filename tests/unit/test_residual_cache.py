@@ -15,6 +15,7 @@ from toy_recipes import recipe
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from qexp.core.errors import UserError
 from qexp.core.packed_kv import codec_of
 from qexp.core.packed_residual import ResidualCodec, residual_codec_of
 from qexp.core.stages import Method
@@ -92,6 +93,16 @@ def test_generation_is_that_of_a_cache_of_floats(family: str, bits: int) -> None
     assert distance(torch.stack(ours.logits), torch.stack(expected.logits)) < CLOSE
     exact = packed.model.generate(ids, **how)
     assert distance(torch.stack(ours.logits[1:]), torch.stack(exact.logits[1:])) > 1e-4
+
+
+@torch.no_grad()
+def test_padding_on_the_left_is_refused() -> None:
+    packed, ids = packed_of("llama", method_of()), tokens(2, 8)
+    ids[0, :2] = 2
+    with pytest.raises(UserError, match="padded on the left"):
+        packed.model.generate(
+            ids, attention_mask=(ids != 2).long(), past_key_values=packed.new_cache(), max_new_tokens=2
+        )
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ values when R newer ones have: query t reads key j exactly iff j >= floor(t / R)
 pessimistic, and not causal, since the range of a group knows tokens behind the query.
 
 Source: arXiv:2402.02750 sections 3.2-3.3, Algorithm 1; methods/kv_cache.md 3.3, 3.8.
-Differs: a constant group does not divide by zero; every position is counted, so batches are padded on the right.
+Differs: a constant group does not divide by zero; batches padded on the left are refused, not counted as tokens.
 """
 
 from __future__ import annotations
