@@ -15,14 +15,19 @@ from toy_recipes import recipe
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from qexp import compose
+from qexp.core.build import build
 from qexp.core.errors import UserError
 from qexp.core.packed_kv import codec_of
 from qexp.core.packed_residual import ResidualCodec, residual_codec_of
 from qexp.core.stages import Method
+from qexp.engine.blocks import activate
+from qexp.engine.context import cache_folder
 from qexp.engine.packing import PackedModel, pack_model
 from qexp.models.attention import Door
 from qexp.models.packed_cache import PackedKvCache
 from qexp.models.residual_cache import ResidualKvLayer
+from qexp.models.view import ModelView
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "opt")  # grouped queries, QK-norm, soft cap, windows, no rotary
 CLOSE = 1e-5
@@ -60,6 +65,7 @@ class FloatLayer(DynamicLayer):
         k, v = super().update(key_states, value_states)
         k_hat, v_hat = self.kv(k, v)
         j = torch.arange(k.shape[2])[:, None]
+        R = self.kv.residual_tokens
         return torch.where(j < past // R * R, k_hat, k), torch.where(j < past - R, v_hat, v)
 
 
@@ -203,6 +209,27 @@ def test_a_codec_is_believed_only_if_it_computes_the_same() -> None:
 def test_without_a_packed_form_the_cache_is_transformers_own(caplog: pytest.LogCaptureFixture) -> None:
     three = packed_of("llama", method_of(bits=3))
     assert type(three.new_cache()) is DynamicCache and "no packed form" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 4])
+@torch.no_grad()
+def test_the_embedded_model_generates_what_a_cache_of_floats_does(bits: int) -> None:
+    kv = replace(member("kv", "kivi", kv=bits), residual_tokens=32)
+    method = replace(recipe(grid="integer", w=16), kv=kv, allocation=member("allocation", "none"))
+    with compose.hydra():
+        source = build(compose.composed(["model=embedded"])["model"], "model")
+    view = ModelView(source.load("cpu", cache_folder())[0])
+    activate(view, range(len(view.blocks)), method)
+    packed = pack_model(view, method)
+    ids = torch.randint(3, view.config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
+    how = {"max_new_tokens": 70, "min_new_tokens": 70, "do_sample": False}
+    ours = packed.model.generate(ids, past_key_values=packed.new_cache(), **how)
+    for door in packed.doors:
+        door.kv = None
+    floats = DynamicCache()
+    floats.layers, floats.layer_class_to_replicate = [FloatLayer(kv) for _ in packed.doors], None
+    assert torch.equal(ours, packed.model.generate(ids, past_key_values=floats, **how))
 
 
 def bytes_ratio(kv: str, bits: int, context: int) -> float:
