@@ -66,7 +66,7 @@ def codec_of(kv: Kv, head_size: int) -> KvCodec | None:
 
     Settings of the right names are believed only if the codes decode to what ``kv`` computes on a random head.
     """
-    if not isinstance(kv, GroupedKv) or kv.bits not in BITS or head_size * kv.bits % 8:
+    if not isinstance(kv, GroupedKv) or kv.bits not in BITS or head_size % 8:
         return None
     group = 0 if kv.group in (-1, head_size) else kv.group
     if group and head_size % group:

@@ -79,9 +79,11 @@ def check_model(view: ModelView, method: Method) -> None:
     outputs = Counter(site.name for _, site in sites if site.kind == "output")
     if outputs and max(outputs.values()) > 1:
         raise UserError("two transforms that turn the outputs of linears", "one", "method/transform=[incoherence]")
-    if method.kv.bits < FULL_BITS and not view.has_door:
-        raise UserError(
-            f"KV quantization on a {view.config.model_type}, which has no attention interface",
-            "kv bits 16",
-            "bits.kv=16",
-        )
+    if method.kv.bits < FULL_BITS:
+        if view.door(0) is None:
+            raise UserError(
+                f"KV quantization on a {view.config.model_type}, whose attention has no door",
+                "kv bits 16",
+                "bits.kv=16",
+            )
+        method.kv.cost(view.head_size)  # says it if the head cannot be divided as asked

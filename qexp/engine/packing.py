@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from qexp.core.errors import UserError
+from qexp.core.kv_forms import early
 from qexp.core.linear import InputPath, QuantLinear
 from qexp.core.packed import PackedInput, PackedLinear
 from qexp.core.packed_head import PackedEmbedding, packed_head, rounded_rows
 from qexp.core.packed_kv import KvCodec, codec_of
+from qexp.core.packed_residual import ResidualCodec, residual_codec_of
 from qexp.core.packed_weight import IntegerWeight, PackedWeight, integer_weight, is_aligned
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method
@@ -44,18 +46,22 @@ class PackedModel:
 
     model: PreTrainedModel
     kernels: dict[str, str]
-    codec: KvCodec | None
+    codec: KvCodec | ResidualCodec | None
     doors: list[Door]
 
     def new_cache(self) -> Cache:
         """Return an empty KV cache: packed codes if the recipe quantizes keys and values, else transformers' own."""
         from transformers import DynamicCache
 
-        from qexp.models.packed_cache import PackedKvCache
+        from qexp.models.packed_cache import PackedKvCache, PackedKvLayer
+        from qexp.models.residual_cache import ResidualKvLayer
 
-        if self.codec is None:
+        codec = self.codec
+        if codec is None:
             return DynamicCache(config=self.model.config)
-        return PackedKvCache(self.codec, self.doors)
+        if isinstance(codec, ResidualCodec):
+            return PackedKvCache([ResidualKvLayer(codec, door) for door in self.doors])
+        return PackedKvCache([PackedKvLayer(codec, door) for door in self.doors])
 
     def counts(self) -> dict[str, int]:
         """Return how many layers each kernel computes, most first."""
@@ -66,8 +72,9 @@ class PackedModel:
 def pack_model(view: ModelView, method: Method) -> PackedModel:
     """Replace the quantized layers of ``view`` in place; the view is spent, its model lives on in the answer.
 
-    The quantizers must be on (``engine.blocks.activate``).
+    The quantizers must be on (``engine.blocks.activate``). Raises: UserError if the keys are quantized before RoPE.
     """
+    check_cacheable(method)
     kernels: dict[str, str] = {}
     for block in range(len(view.blocks)):
         for group in view.groups(block):
@@ -76,7 +83,7 @@ def pack_model(view: ModelView, method: Method) -> PackedModel:
         log.warning("%s leaves nothing to pack: every layer stays in floating point", method.name)
     doors = [door for block in range(len(view.blocks)) if (door := view.door(block)) is not None]
     quantizes = bool(doors) and method.kv.bits < FULL_BITS
-    codec = codec_of(method.kv, view.head_size) if quantizes else None
+    codec = _codec(method, view.head_size) if quantizes else None
     if quantizes and codec is None:
         log.warning("KV cache of %d bits has no packed form: it is fake-quantized, in floating point", method.kv.bits)
     packed = PackedModel(view.model, kernels, codec, doors)
@@ -103,7 +110,8 @@ def pack_head(packed: PackedModel, act_bits: int = FULL_BITS) -> None:
 
 
 def check_packable(method: Method) -> None:
-    """Raise UserError, before anything heavy, if what the recipe's grid stores are no uniform integers."""
+    """Raise UserError, before anything heavy, for a grid of no uniform integers, or keys that no cache can hold."""
+    check_cacheable(method)
     columns = 2 * method.grid.group if method.grid.group > 0 else 64
     method.grid.check(Layer("a probe", "up", 0, 4, columns))
     if method.grid.bits < FULL_BITS and not is_uniform(method.grid):
@@ -111,6 +119,16 @@ def check_packable(method: Method) -> None:
             f"eval.speed on {type(method.grid).__name__}, which is no uniform integer grid",
             "an integer grid",
             "eval.speed=false or method/grid=integer",
+        )
+
+
+def check_cacheable(method: Method) -> None:
+    """Raise UserError if the keys are quantized before RoPE, so that codes of them cannot be what attention reads."""
+    if method.kv.bits < FULL_BITS and early(method.kv):
+        raise UserError(
+            "kv.pre_rope=true with a packed KV cache",
+            "keys quantized behind RoPE",
+            "method.kv.pre_rope=false or eval.speed=false",
         )
 
 
@@ -144,6 +162,10 @@ def _pack_group(view: ModelView, group: Group) -> dict[str, str]:
 def kernel_of(layer: nn.Module) -> str:
     """Return what computes a layer of a packed model."""
     return layer.kind if isinstance(layer, PackedLinear) else PLAIN
+
+
+def _codec(method: Method, head_size: int) -> KvCodec | ResidualCodec | None:
+    return codec_of(method.kv, head_size) or residual_codec_of(method.kv, head_size)
 
 
 def _stacks(members: list[Member]) -> Iterator[list[Member]]:

@@ -1,7 +1,8 @@
 """The attention door: where queries, keys and values arrive after RoPE, and are rotated and quantized.
 
 transformers lets a model choose a registered attention function; ours is its scaled-dot-product attention
-with an optional step in front. A module without a ``door`` computes exactly what "sdpa" computes.
+with an optional step in front. A module without a ``door`` computes exactly what "sdpa" computes. Where a query reads
+some keys exactly and others quantized, attention is written out (``plain_attention``).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from qexp.core.errors import UserError
+from qexp.core.kv_forms import ResidualKv, early
 from qexp.core.maps import LinearMap
-from qexp.core.placed import wide
 from qexp.core.stages import Kv
+from qexp.models.plain_attention import Seen, exactly, plain_attention
 
 NAME = "qexp"
 
@@ -36,47 +39,81 @@ class Door:
     decoded: weakref.ref[Tensor] | None = None
 
 
+@dataclass
+class EarlyKeys:
+    """A forward hook behind the keys' projection or norm: rounds them, if what the door holds does so before RoPE."""
+
+    door: Door
+    head_size: int
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """Return keys [..., A E] or [..., E] quantized head by head, or None to leave them."""
+        kv = early(self.door.kv)
+        return None if kv is None else kv.round_keys(output.unflatten(-1, (-1, self.head_size))).flatten(-2)
+
+
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Return the attention output [B, S, A, E] for q [B, A, S, E] and k, v [B, A_kv, S, E]."""
     door = getattr(module, "door", None)
+    seen = exactly(key, value)
     if door is not None and door.kv is not None:
-        query, key, value = _through(door, door.kv, query, key, value)
-    if kwargs.get("softcap") is not None:
-        return _softcapped(query, key, value, attention_mask, kwargs), None
-    answer: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        query, seen = _through(door, door.kv, query, seen)
+        if isinstance(door.kv, ResidualKv):
+            _check_positions(module, query, seen, attention_mask)
+    if seen.exact is not None or kwargs.get("softcap") is not None:
+        return plain_attention(query, seen, attention_mask, kwargs.get("scaling"), kwargs.get("softcap")), None
+    answer: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+        module, query, seen.key, seen.value, attention_mask, **kwargs
+    )
     return answer
 
 
-def _through(door: Door, kv: Kv, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v rotated and quantized; what comes out of a packed cache has only its query rotated."""
+def _through(door: Door, kv: Kv, query: Tensor, given: Seen) -> tuple[Tensor, Seen]:
+    """Return q, and k and v rotated and quantized; what comes out of a packed cache has only its query rotated.
+
+    Keys that were rounded before RoPE are not rotated, nor are their queries.
+    """
+    rotation = None if early(kv) else door.rotation
     decoded, door.decoded = door.decoded() if door.decoded else None, None
-    if decoded is not None and decoded is not key:
+    if decoded is not None and decoded is not given.key:
         raise RuntimeError("the keys of a packed cache were changed on their way to attention; use another cache")
-    if door.rotation is not None:
-        query = door.rotation.dual(query)
+    if rotation is not None:
+        query = rotation.dual(query)
     if decoded is not None:
-        return query, key, value
-    if door.rotation is not None:
-        key = door.rotation.apply(key)
-    return query, *kv(key, value)
+        return query, given
+    key, value = given.key if rotation is None else rotation.apply(given.key), given.value
+    rounded_key, rounded_value = kv(key, value)
+    sizes = query.shape[-2], key.shape[-2]
+    exact = kv.exact(*sizes, key.device) if isinstance(kv, ResidualKv) else None
+    if exact is None:
+        return query, exactly(rounded_key, rounded_value)
+    return query, Seen(key, value, rounded_key, rounded_value, exact)
 
 
-def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """Return attention with capped scores (Gemma 2), which "sdpa" refuses; scores at least in float32."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    scores = wide(query @ key.transpose(-1, -2)) * scaling
-    scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
-    if mask is None:
-        S, K = scores.shape[-2:]
-        mask = torch.ones(S, K, dtype=torch.bool, device=scores.device).tril(K - S)
-    lowest = torch.finfo(scores.dtype).min  # finite: a row of padding sees nothing, and must not become NaN
-    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
-    return mixed.transpose(1, 2).contiguous()
+def _check_positions(module: nn.Module, query: Tensor, seen: Seen, mask: Tensor | None) -> None:
+    """Raise UserError where groups of tokens cannot be counted: behind padding, or where a cache has dropped keys."""
+    keys, window = seen.key.shape[-2], getattr(module, "sliding_window", None)
+    short = window is None or keys <= window
+    if mask is not None and short and not _sees_the_first(mask):
+        raise UserError(
+            "a KV quantizer over groups of tokens on a batch padded on the left",
+            "padding on the right, or prompts of equal length",
+            "method/kv=per_head",
+        )
+    if seen.exact is not None and window is not None and query.shape[-2] < keys >= window:
+        raise UserError(
+            "a KV quantizer over groups of tokens, decoding behind a cache with sliding windows",
+            "a cache that keeps every position (PackedModel.new_cache), or one forward without a cache",
+            "method/kv=per_head",
+        )
+
+
+def _sees_the_first(mask: Tensor) -> bool:
+    """Return whether the last query of every sequence sees the first key; mask bool or additive, [B, A or 1, S, K]."""
+    last = mask[:, :, -1, 0]
+    return bool((last if last.dtype == torch.bool else last == 0).all())
 
 
 def install(model: PreTrainedModel) -> bool:

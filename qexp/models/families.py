@@ -42,6 +42,7 @@ class Family:
     head: str = "lm_head"
     linears: dict[str, str] = field(default_factory=lambda: dict(LLAMA_LINEARS))
     attention: str = "self_attn"
+    key_norm: str = "k_norm"  # of the attention module, in the members that have one
     attention_norm: str = "input_layernorm"
     mlp: str | None = "mlp"
     mlp_norm: str = "post_attention_layernorm"

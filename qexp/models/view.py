@@ -50,7 +50,15 @@ class ModelView:
             )
         replace_linears(model, [tuple(layer.name for layer in g.layers) for gs in self._groups for g in gs])
         for block in range(len(self.blocks) if self.has_door and self.family else 0):
-            setattr(model.get_submodule(self.path(block, self.described.attention)), DOOR, attention.Door())
+            self._open(block)
+
+    def _open(self, block: int) -> None:
+        """Give the attention of a block its door, and the keys before RoPE the hook that looks at it."""
+        family, door = self.described, attention.Door()
+        module = self.model.get_submodule(self.path(block, family.attention))
+        setattr(module, DOOR, door)
+        keys = getattr(module, family.key_norm, None) or self.linear(self.path(block, family.linears["k"]))
+        keys.register_forward_hook(attention.EarlyKeys(door, self.head_size))
 
     @property
     def described(self) -> Family:

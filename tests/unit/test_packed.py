@@ -194,6 +194,9 @@ class Squares:
     group: int = -1
     dim: int = 1
 
+    def check(self, _layer: object) -> None:
+        pass
+
     def fit(self, weight: Tensor, _: Tensor | None) -> dict[str, Tensor]:
         return {"scale": weight.abs().amax(1, keepdim=True) / 49}
 

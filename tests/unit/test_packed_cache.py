@@ -119,7 +119,7 @@ def test_a_codec_is_believed_only_if_it_computes_the_same() -> None:
         def __call__(self, k_BASE: torch.Tensor, v_BASE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return super().__call__(k_BASE, 1.01 * v_BASE)
 
-    assert codec_of(Sloppy(bits=4, symmetric=False, clip=1.0, group=-1), 16) is None
+    assert codec_of(Sloppy(bits=4, symmetric=False, clip=1.0, group=-1, pre_rope=False), 16) is None
 
 
 def test_without_kv_bits_the_cache_is_transformers_own(caplog: pytest.LogCaptureFixture) -> None:

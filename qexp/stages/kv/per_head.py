@@ -2,8 +2,10 @@
 
 asymmetric: s = clip (hi - lo) / (2^b - 1) on the true range of a group, z = round(-lo / s);
 symmetric: s = clip max|x| / (2^(b-1) - 1). Every position is quantized, the current one too, as QuaRot simulates it.
+``pre_rope`` quantizes keys before RoPE, behind the norm of keys where there is one, and without the rotation R3: a
+simulation only, since a cache of such keys would turn all of them at every token.
 
-Source: arXiv:2404.00456 section 4 and methods/kv_cache.md 3.2, 3.8 (QuaRot, SpinQuant).
+Source: arXiv:2404.00456 section 4 and methods/kv_cache.md 3.2, 3.4, 3.8 (QuaRot, SpinQuant; keys before RoPE: KVQuant).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class PerHead:
     symmetric: bool
     clip: float
     group: int
+    pre_rope: bool
 
     version: ClassVar[int] = 1
 
@@ -43,11 +46,15 @@ class PerHead:
     def __call__(self, k_BASE: Tensor, v_BASE: Tensor) -> tuple[Tensor, Tensor]:
         """Return quantized keys and values [B, A, S, E], same dtype: no position looks at another.
 
-        Raises: UserError if the group does not divide the head.
+        With ``pre_rope`` the keys are quantized already. Raises: UserError if the group does not divide the head.
         """
         if self.bits >= FULL_BITS:
             return k_BASE, v_BASE
-        return self._quantize(k_BASE), self._quantize(v_BASE)
+        return k_BASE if self.pre_rope else self._quantize(k_BASE), self._quantize(v_BASE)
+
+    def round_keys(self, k_E: Tensor) -> Tensor:
+        """Return keys [..., E] as they are before RoPE, quantized. Raises: UserError if the group does not divide E."""
+        return k_E if self.bits >= FULL_BITS else self._quantize(k_E)
 
     def cost(self, head_size: int) -> float:
         """Return bits per cached element: the code, and per group its scale and zero point."""
