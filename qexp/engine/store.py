@@ -150,6 +150,8 @@ def _map_of(tensors: dict[str, Tensor], key: str, about: dict[str, Any]) -> Line
 def install(view: ModelView, block: int, finished: Finished, grids: dict[str, Any]) -> None:
     """Put a finished block into the model; doing it twice changes nothing."""
     tensors, facts = finished.tensors, finished.facts
+    if "unmaps" not in facts:
+        raise UserError("blocks written by an older version of qexp", "a run of this version", "resume=false")
     for name, value in tensors.items():
         if name.startswith("plain."):
             _set(view, name.removeprefix("plain."), value)

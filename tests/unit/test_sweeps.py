@@ -26,8 +26,10 @@ JOBS = {
     "calibration_size": 14,
     "demo": 8,
     "rotation_parts": 6,
+    "rotations": 15,
     "seeds": 15,
     "solver_vs_transform": 8,
+    "two_bits": 9,
 }
 
 
