@@ -172,7 +172,7 @@ def _ours(packed: matmul.W4, x: Tensor) -> dict[str, Callable[[], Call]]:
 
 
 def _had_quant(width: int, count: int, backend: str, pace: Pace) -> Row:
-    """Measure the fused rotation and quantization to int4; peers: a copy of the input, and the same unfused."""
+    """Measure the fused rotation and quantization to int4; the peer is a copy of the input."""
     x = torch.randn(count, width, generator=torch.Generator().manual_seed(0)).bfloat16()
     into, had_k = torch.empty_like(x), odd_part(width)
     calls: dict[str, Call] = {

@@ -59,6 +59,8 @@ class Ldlq:
         codes = torch.empty_like(sweep.codes)
         codes[order[:: grid.dim] // grid.dim] = sweep.codes
         solved = Quantized(codes.T.contiguous(), params)
+        if not self.passes:
+            return solved
         return self._improved(W_OI, solved, damped(H_II, self.damp_fraction).to(W_OI.dtype), grid)
 
     def _improved(self, W_OI: Tensor, solved: Quantized, H_II: Tensor, grid: Grid) -> Quantized:
