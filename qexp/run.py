@@ -61,14 +61,14 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     inject(view, setup.model.outliers, text)
     baseline = setup.eval.baseline(view.model, tokenizer, sets, work.cache / "baseline", work.progress)
 
-    surfaces, began = Surfaces(view, tokens), time.perf_counter()
+    surfaces, began = Surfaces(view, setup.method, tokens), time.perf_counter()
     learned = transform_model(view, setup.method, setup.seed, Learning(tokens, work.store, work.progress))
     blocks = quantize_blocks(view, tokens, setup.method, work)
     activate(view, range(len(view.blocks)), setup.method)
     quantized = time.perf_counter()
     results = setup.eval.run(view.model, tokenizer, sets, baseline, work.progress)
     metrics = {**results.metrics, **sizes(view, setup.method)}
-    activations = surfaces.compare()
+    surfaces.look_again()
     seconds = {"quantize_seconds": quantized - began, "evaluate_seconds": time.perf_counter() - quantized}
     if setup.eval.speed:  # last, since packing spends the view
         metrics |= setup.eval.speeds(*contenders(view, setup.method, setup.model, work.device), work.progress)
@@ -76,6 +76,6 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
         "metrics": metrics,
         "window_losses": results.window_losses,
         "blocks": blocks,
-        "diagnostics": {"activations": activations, "losses": learned},
+        "diagnostics": {"activations": surfaces.activations(), "inputs": surfaces.inputs(), "losses": learned},
         "cost": seconds,
     }

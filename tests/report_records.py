@@ -104,7 +104,10 @@ def with_activations(run: Record, layer: str = "layers.3.mlp.down_proj") -> Reco
     before = [[abs(own.gauss(0, 1)) * (30 if c in (17, 40) else 1) for c in range(64)] for _ in range(48)]
     after = [[abs(own.gauss(0, 4)) for _ in range(64)] for _ in range(48)]
     entry = {"layer": layer, "before": before, "after": after, "kurtosis_before": 188.2, "kurtosis_after": 3.1}
-    run["diagnostics"] = {"activations": [entry]}  # type: ignore[typeddict-item]
+    loud: dict[str, float | None] = {"kurtosis": 188.2, "peak": 31.0, "sqnr_db": 11.0}
+    quiet: dict[str, float | None] = {"kurtosis": 3.1, "peak": 2.0, "sqnr_db": 19.5}
+    inputs = [{"layer": f"layers.{i}.mlp.down_proj", "before": loud, "after": quiet} for i in range(6)]
+    run["diagnostics"] = {"activations": [entry], "inputs": inputs}  # type: ignore[typeddict-item]
     return run
 
 

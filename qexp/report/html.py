@@ -20,7 +20,12 @@ from qexp.report.style import INK
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TITLES = {"pareto": "Quality over size", "blocks": "Error per block", "activations": "Activations before and after"}
+_TITLES = {
+    "pareto": "Quality over size",
+    "blocks": "Error per block",
+    "inputs": "Inputs of the linears before and after",
+    "activations": "Activations before and after",
+}
 
 
 def render(records: Sequence[Record], lines: Sequence[Row], baseline: str | None = None) -> str:

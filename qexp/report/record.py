@@ -51,9 +51,11 @@ class ActivationRecord(TypedDict):
 
 
 class Diagnostics(TypedDict, total=False):
-    """Optional material for plots."""
+    """Optional material for plots: ``inputs`` {layer, before, after} of figures, ``losses`` of learned transforms."""
 
     activations: list[ActivationRecord]
+    inputs: list[dict[str, Any]]
+    losses: dict[str, list[float]]
 
 
 class Cost(TypedDict, total=False):

@@ -140,3 +140,14 @@ def test_activations_before_and_after_the_rotation(record: dict[str, Any]) -> No
         assert {len(row) for row in entry["before"]} <= {32, 64}
         assert entry["kurtosis_before"] > 1 and entry["kurtosis_after"] > 1
         assert entry["before"] != entry["after"]
+
+
+def test_every_input_before_and_after(record: dict[str, Any]) -> None:
+    inputs = record["diagnostics"]["inputs"]
+    assert len(inputs) == 3 * 4
+    for entry in inputs:
+        for when in ("before", "after"):
+            figures = entry[when]
+            assert figures["kurtosis"] > 1 and figures["peak"] >= 1
+            assert 15 < figures["sqnr_db"] < 60, "8 bits"
+        assert entry["before"] != entry["after"]
