@@ -1,13 +1,20 @@
-"""DuQuant's rotations and permutation against methods/duquant.md section 6."""
+"""DuQuant's rotations and permutation against methods/duquant.md section 6 and against its official code's answers."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy_recipes import transform_named
 
 from qexp.core.errors import UserError
-from qexp.stages.transform.duquant import DuQuant, zigzag
+from qexp.stages.transform.duquant import DuQuant, _spreading, zigzag
+from qexp.stages.transform.smooth import factors
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "duquant" / "search.safetensors"
 
 
 def searched(x: torch.Tensor, seed: int = 0, **keys: object) -> torch.Tensor:
@@ -64,3 +71,45 @@ def test_zigzag_deals_every_channel_once_and_evenly():
 def test_unknown_choices_are_refused(keys, key):
     with pytest.raises(UserError, match=rf"transform\.duquant\.{key}"):
         transform_named("duquant", **keys)
+
+
+@pytest.fixture
+def golden():
+    return load_file(GOLDEN)
+
+
+def test_the_official_code_finds_the_same_rotations_and_order(golden):
+    member = transform_named("duquant_code", steps=24)
+    assert isinstance(member, DuQuant)
+    x = golden["X"].double()
+    for k, (base, official) in enumerate(zip(golden["base"], golden["R"], strict=True)):
+        found = member._search(x.reshape(-1, 32), base.double())
+        torch.testing.assert_close(found.float(), official, rtol=0, atol=2e-6)
+        x = (x.reshape(-1, 32) @ found).reshape(x.shape)
+        if k == 0:
+            order = zigzag(x.abs().amax(0), 32)
+            assert torch.equal(order, golden["permutation"])
+            x = x[:, order.long()]
+    torch.testing.assert_close(x.float(), golden["Y"], rtol=0, atol=2e-6 * 700)
+    assert member._peak(x) == pytest.approx(member._peak(golden["Y"]), rel=1e-5)
+
+
+def test_the_codes_base_is_of_our_family(golden):
+    """Whatever its random part, a base is a mirror times diag(1, Q'): its first column is what is fixed."""
+    for base in golden["base"]:
+        ours = _spreading(32, "right", torch.Generator().manual_seed(0))
+        torch.testing.assert_close(ours[:, 0].float(), base[:, 0], rtol=0, atol=1e-6)
+
+
+def test_the_official_code_smooths_by_the_same_factors(golden):
+    about = SimpleNamespace(stats=SimpleNamespace(absmax_I=golden["X"].float().abs().amax(0)), weights=[golden["W"]])
+    torch.testing.assert_close(factors(about, 0.6), golden["smooth_0.6"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [2, 4, 32])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bases_are_orthogonal(side, size):
+    base = _spreading(size, side, torch.Generator().manual_seed(0))
+    assert float((base @ base.T - torch.eye(size)).abs().max()) < 1e-12
+    if side == "left":
+        torch.testing.assert_close(base[0], torch.full((size,), size**-0.5, dtype=torch.float64))

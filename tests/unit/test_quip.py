@@ -1,11 +1,16 @@
-"""QuIP: LDLQ is GPTQ on reversed columns, and incoherence does what it says (methods/quip.md section 6)."""
+"""QuIP: LDLQ is GPTQ on reversed columns and the official code's LDLQ, and incoherence does what it says.
+
+Source: methods/quip.md section 6.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from stage_members import member
 from torch import Tensor
 from toy_models import view_of
@@ -18,6 +23,7 @@ from qexp.stages.solver.gptq import Gptq
 from qexp.stages.solver.ldlq import Ldlq
 from qexp.stages.transform.incoherence import _orthogonal
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "quip" / "ldlq.safetensors"
 LDLQ = Ldlq(damp_fraction=0.01, sort=False, passes=0, clamp=False)
 GRIDS = [("midrise", 0), ("midrise", -1), ("integer", -1), ("integer", 12)]
 each_grid = pytest.mark.parametrize(("grid", "group"), GRIDS)
@@ -91,6 +97,39 @@ def test_an_unclamped_grid_keeps_the_bound() -> None:
     trace_D = float(L.diagonal().pow(2).sum())
     assert found <= 16 / 4 * step**2 * trace_D
     assert found == pytest.approx(16 / 12 * step**2 * trace_D, rel=0.15)
+
+
+CASES = {  # of tests/golden/quip/README.md: bits, sort, passes
+    **{f"ldlq_{bits}": (bits, False, 0) for bits in (2, 3, 4)},
+    **{f"ldlqRG0_{bits}": (bits, True, 0) for bits in (2, 3, 4)},
+    "ldlqRG9_4": (4, True, 9),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_official_code_gives_the_same_codes(case: str) -> None:
+    golden = load_file(GOLDEN)
+    bits, sort, passes = CASES[case]
+    X = golden["X"].float()
+    made = Midrise(bits=bits, group=0, ratio=2.4)
+    solver = Ldlq(damp_fraction=0.01, sort=sort, passes=passes, clamp=True)
+    assert torch.equal(solver.solve(golden["W"], stats(X.T @ X), made, generator(0)).codes, golden[f"codes_{case}"])
+
+
+def test_golden_cases_are_all_tested() -> None:
+    assert {f"codes_{case}" for case in CASES} | {"W", "X"} == set(load_file(GOLDEN))
+
+
+def test_passes_take_the_columns_in_the_order_of_the_sweep() -> None:
+    """Sorting is the same as handing in sorted columns, with passes as without."""
+    W, about = layer()
+    made = Midrise(bits=3, group=0, ratio=2.4)
+    order = about.H_II.diagonal().argsort()
+    for passes in (0, 1, 9):
+        ours = replace(LDLQ, sort=True, passes=passes).solve(W, about, made, generator(0))
+        sorted_H = stats(about.H_II[order][:, order])
+        theirs = replace(LDLQ, passes=passes).solve(W[:, order], sorted_H, made, generator(0))
+        assert torch.equal(ours.codes[:, order], theirs.codes)
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "hadamard"])

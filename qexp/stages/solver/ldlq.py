@@ -6,7 +6,8 @@ then improve the answer coordinate by coordinate: q_k <- nearest(q_k + (w - q) H
 
 Source: arXiv:2307.13304 Alg. 3 and section 3; passes: its code (LDLQ-RG), where columns are first sorted by rising
 diag H (``sort``). Differs: targets are not clamped to the grid's range before the sweep unless ``clamp`` asks for it
-(the code does, and what is clamped gets no feedback; measured worse at 2 bits, methods/quip.md section 3).
+(the code does, and what is clamped gets no feedback; measured worse at 2 bits, methods/quip.md section 3). Passes clamp
+every step; the code clamps after a pass and goes on with the errors of the values before the clamp.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Ldlq:
     passes: int
     clamp: bool
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
 
     def solve(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Quantized:
@@ -61,14 +62,14 @@ class Ldlq:
         solved = Quantized(codes.T.contiguous(), params)
         if not self.passes:
             return solved
-        return self._improved(W_OI, solved, damped(H_II, self.damp_fraction).to(W_OI.dtype), grid)
+        return self._improved(W_OI, solved, damped(H_II, self.damp_fraction).to(W_OI.dtype), grid, order)
 
-    def _improved(self, W_OI: Tensor, solved: Quantized, H_II: Tensor, grid: Grid) -> Quantized:
-        """Return the answer after the greedy passes: each step lowers tr(E H Eᵀ) or leaves it."""
+    def _improved(self, W_OI: Tensor, solved: Quantized, H_II: Tensor, grid: Grid, order: Tensor) -> Quantized:
+        """Return the answer after the greedy passes, in the sweep's order: each step lowers tr(E H Eᵀ) or leaves it."""
         codes, rounded = solved.codes.clone(), grid.decode(solved.codes, solved.params)
         for _ in range(self.passes):
             before = codes.clone()
-            for start in reversed(range(0, W_OI.shape[1], grid.dim)):
+            for start in order[:: grid.dim].tolist():
                 here = slice(start, start + grid.dim)
                 push = torch.linalg.solve(H_II[here, here], ((W_OI - rounded) @ H_II[:, here]).T).T
                 local = _columns(solved.params, start, W_OI.shape[1])

@@ -45,7 +45,7 @@ class DuQuant:
     peak: str
     places: Sequence[str]
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
     after: ClassVar[tuple[str, ...]] = ()
     inserts: ClassVar[str] = "orthogonal"
@@ -109,10 +109,16 @@ class DuQuant:
 
 
 def _spreading(size: int, side: str, rng: torch.Generator) -> Tensor:
-    """Return an orthogonal matrix that is random but for its flat first row (left) or column (right), float64."""
-    flat = torch.full((size,), size**-0.5, dtype=torch.float64)
-    normal = flat.clone()
-    normal[0] -= 1  # the reflection that takes the first axis to the flat direction
+    """Return an orthogonal matrix, random but for a flat first row (left) or the code's first column (right), float64.
+
+    That column is (1, 0 .. 0, -sqrt(n - 1), 0) / sqrt(n): one channel passes almost whole to the front at every step.
+    """
+    first = torch.full((size,), size**-0.5, dtype=torch.float64)
+    if side == "right":
+        first[1:] = 0
+        first[max(size - 2, 1)] = -((1 - 1 / size) ** 0.5)
+    normal = first.clone()
+    normal[0] -= 1  # the reflection that takes the first axis to that direction
     mirror = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(normal, normal) / normal.dot(normal)
     q, r = torch.linalg.qr(torch.randn(size - 1, size - 1, generator=rng, dtype=torch.float64))
     random = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), q * r.diagonal().sign())
