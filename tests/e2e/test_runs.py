@@ -43,16 +43,18 @@ def folders(out: Path) -> list[Path]:
         "method=awq method/solver=gptq bits=w3a16",
         "method=rtn calibration=none bits=w4a4",
         "method=spinquant bits=w4a4kv4 method.transform.learned_rotation.steps=2",
-        "method=spinquant_no_had bits=w4a8 method.transform.learned_rotation.steps=2",
+        pytest.param(
+            "method=spinquant_no_had bits=w4a8 method.transform.learned_rotation.steps=2", marks=pytest.mark.slow
+        ),
         "method=flatquant bits=w4a4kv4 method.transform.kronecker.epochs=1",
-        "method=duquant bits=w4a4kv4 method.transform.duquant.block=8",
+        pytest.param("method=duquant bits=w4a4kv4 method.transform.duquant.block=8", marks=pytest.mark.slow),
         "method=quik bits=w4a4",
         "method=quip bits=w2a16",
-        "method=quip_sharp bits=w2a16",
-        "method=crossquant bits=w8a8",
-        "method=gptq method/act=per_tensor bits=w4a8",
+        pytest.param("method=quip_sharp bits=w2a16", marks=pytest.mark.slow),
+        pytest.param("method=crossquant bits=w8a8", marks=pytest.mark.slow),
+        pytest.param("method=gptq method/act=per_tensor bits=w4a8", marks=pytest.mark.slow),
         "method=rtn model.outliers={kind:rotate} bits=w4a4",
-        "method=rtn model.outliers={kind:scale,channels:2,scale:30} bits=w4a4",
+        pytest.param("method=rtn model.outliers={kind:scale,channels:2,scale:30} bits=w4a4", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_leaves_a_record(recipe: str, tiny_folder: Path, tmp_path: Path) -> None:

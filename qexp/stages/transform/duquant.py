@@ -29,15 +29,17 @@ from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
 from qexp.stages.transform._shared import check_places
 
-PATIENCE = 32  # steps without a lower peak: the paper's Table E15 is flat from 4 steps on
-
 
 @dataclass(frozen=True, kw_only=True)
 class DuQuant:
-    """``block`` channels share a rotation (the largest power of two up to it that divides); ``steps`` are greedy."""
+    """``block`` channels share a rotation (the largest power of two up to it that divides); ``steps`` are greedy.
+
+    The search ends after ``patience`` steps without a lower peak (0: never).
+    """
 
     block: int
     steps: int
+    patience: int
     rotation: str
     permute: bool
     side: str
@@ -100,7 +102,7 @@ class DuQuant:
             peak = self._peak(X_Tn)
             if peak < least:
                 best, least, since = product, peak, 0
-            if since >= PATIENCE:
+            if self.patience and since >= self.patience:
                 break
         return best
 
