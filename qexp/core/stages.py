@@ -2,7 +2,7 @@
 
 A member is a frozen dataclass in ``qexp/stages/<kind>/<member>.py`` with its YAML in
 ``conf/method/<kind>/<member>.yaml``. ``version`` is raised when a member's numbers change, so that old
-records are not taken for new ones; ``needs`` names the statistics it reads: "activations" or nothing.
+records are not taken for new ones; ``needs`` names the statistics it reads: "activations", "rows" (see Stats).
 """
 
 from __future__ import annotations

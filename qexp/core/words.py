@@ -49,7 +49,7 @@ class Stats:
     """Observations of one shared input over the calibration tokens, float32: they die with their block.
 
     ``H_II`` is the mean over tokens of x xᵀ; least, greatest and mean absolute value are per channel. ``rows_TI`` are
-    the tokens of the largest magnitudes, largest first.
+    the tokens of the largest magnitudes, largest first, where a member ``needs`` "rows"; else none.
     """
 
     tokens: int

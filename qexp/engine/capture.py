@@ -7,6 +7,7 @@ as soon as the groups asked for have been seen, where their order is known.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,22 @@ from qexp.models.view import ModelView
 ROWS = 512  # of the loudest tokens: peaks are what rotations are made for
 
 
-class _Sums:
-    """Running sums of one input; ``last`` stops the forward after this input."""
+@dataclass(frozen=True)
+class Look:
+    """How inputs are seen: those of sites in ``raw`` in front of their online maps; ``loud``: the loudest rows too."""
 
-    def __init__(self, group: Group, last: bool, device: torch.device) -> None:
-        self.group, self.last, self.tokens = group, last, 0
+    raw: Collection[str] = ()
+    loud: bool = False
+
+
+PLAIN = Look()
+
+
+class _Sums:
+    """Running sums of one input, and its ``loud`` rows if wanted; ``last`` stops the forward after this input."""
+
+    def __init__(self, group: Group, last: bool, loud: bool, device: torch.device) -> None:
+        self.group, self.last, self.loud, self.tokens = group, last, loud, 0
         size = group.layers[0].inputs
         self.H = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.low = torch.full((size,), torch.inf, device=device)
@@ -40,7 +52,8 @@ class _Sums:
         self.low = torch.minimum(self.low, flat.amin(0).float())
         self.high = torch.maximum(self.high, flat.amax(0).float())
         self.total += flat.abs().float().sum(0)
-        self._keep_largest(flat)
+        if self.loud:
+            self._keep_largest(flat)
         if self.last:
             raise StopForward
 
@@ -65,18 +78,20 @@ class _Sums:
 
 @torch.no_grad()
 def observe(
-    view: ModelView, block: int, groups: Sequence[Group], stream: Stream, kwargs: Kwargs, raw: Collection[str] = ()
+    view: ModelView,
+    block: int,
+    groups: Sequence[Group],
+    stream: Stream,
+    kwargs: Kwargs,
+    look: Look = PLAIN,
 ) -> dict[str, Stats]:
-    """Return the statistics of ``groups`` (in forward order, all of this block) by site name.
-
-    Groups whose site is in ``raw`` are seen in front of their online maps, the others behind them.
-    """
+    """Return the statistics of ``groups`` (in forward order, all of this block) by site name."""
     last = groups[-1] if view.family else None  # of an unknown architecture any layer may come last
-    sums = {group.site: _Sums(group, group is last, view.model.device) for group in groups}
+    sums = {group.site: _Sums(group, group is last, look.loud, view.model.device) for group in groups}
     first = {group.site: view.linear(group.layers[0].name) for group in groups}
-    handles = [first[site].register_forward_pre_hook(_input_to(sums[site])) for site in sums if site in raw]
+    handles = [first[site].register_forward_pre_hook(_input_to(sums[site])) for site in sums if site in look.raw]
     try:
-        for site in sums.keys() - set(raw):
+        for site in sums.keys() - set(look.raw):
             first[site].path.observer = sums[site]
         for _ in answers(view, block, stream, kwargs):
             pass

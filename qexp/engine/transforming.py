@@ -14,7 +14,7 @@ from qexp.core.rng import generator
 from qexp.core.stages import Method, Transform
 from qexp.core.words import Group, Insert, Site, Split
 from qexp.engine.acting import is_calibrated
-from qexp.engine.capture import observe
+from qexp.engine.capture import Look, observe
 from qexp.engine.learning import BlockObjective, Learning, learned_once
 from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, Stream
@@ -82,7 +82,8 @@ def _surroundings(
     groups = [group for group in view.groups(block) if group in behind.values()]
     folded = {site.name for site in sites if transform.inserts in site.admits}
     raw = {behind[site].site for site in folded & behind.keys()}  # folded: in front of online maps
-    known = observe(view, block, groups, source, kwargs, raw) if groups and transform.needs else {}
+    look = Look(raw, loud="rows" in transform.needs)
+    known = observe(view, block, groups, source, kwargs, look) if groups and transform.needs else {}
     around = {}
     for site in sites:
         stats, damage = None, None

@@ -14,7 +14,7 @@ from qexp.core import rewrite
 from qexp.core.hadamard import Hadamard
 from qexp.core.maps import Diagonal
 from qexp.core.words import Group, Insert
-from qexp.engine.capture import observe
+from qexp.engine.capture import Look, observe
 from qexp.engine.solving import Plan, plan_of
 from qexp.engine.streams import Kwargs, Stream
 from qexp.engine.surroundings import calls, damage_oracle, inspected
@@ -103,7 +103,7 @@ def test_the_second_moment_of_a_linears_input_tells_the_same(family, kind, folde
     plan, stream, kwargs = setting(family, "fold_norm", "hadamard", w=3)
     group = group_of(plan.view, kind)
     candidate = Diagonal(torch.linspace(0.7, 1.6, group.layers[0].inputs).double())
-    stats = observe(plan.view, 1, [group], stream, kwargs, [group.site] if folded else [])[group.site]
+    stats = observe(plan.view, 1, [group], stream, kwargs, Look([group.site] if folded else []))[group.site]
     known = damage_oracle(plan, group, folded, pytest.fail, stats)
     assert known(candidate) == pytest.approx(oracle(plan, group, stream, kwargs, folded)(candidate), rel=1e-4)
 

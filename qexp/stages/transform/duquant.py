@@ -27,7 +27,7 @@ from qexp.core.hadamard import Hadamard
 from qexp.core.maps import Dense, LinearMap, Permutation
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
-from qexp.stages.transform._shared import check_places
+from qexp.stages.transform._shared import check_places, random_orthogonal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class DuQuant:
     places: Sequence[str]
 
     version: ClassVar[int] = 2
-    needs: ClassVar[frozenset[str]] = frozenset({"activations"})
+    needs: ClassVar[frozenset[str]] = frozenset({"activations", "rows"})
     after: ClassVar[tuple[str, ...]] = ()
     inserts: ClassVar[str] = "orthogonal"
     scope: ClassVar[str] = "block"
@@ -122,8 +122,7 @@ def _spreading(size: int, side: str, rng: torch.Generator) -> Tensor:
     normal = first.clone()
     normal[0] -= 1  # the reflection that takes the first axis to that direction
     mirror = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(normal, normal) / normal.dot(normal)
-    q, r = torch.linalg.qr(torch.randn(size - 1, size - 1, generator=rng, dtype=torch.float64))
-    random = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), q * r.diagonal().sign())
+    random = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), random_orthogonal(size - 1, rng))
     spreading: Tensor = random @ mirror if side == "left" else mirror @ random
     return spreading
 

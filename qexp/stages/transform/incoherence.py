@@ -12,7 +12,6 @@ blocked butterfly by a wrong flag, this is the paper's form; float64 throughout;
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +24,7 @@ from qexp.core.hadamard import randomized_hadamard
 from qexp.core.maps import Dense, Diagonal, Kronecker, LinearMap, Permutation
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
+from qexp.stages.transform._shared import random_orthogonal, smaller_side
 
 KINDS = ("kronecker", "hadamard")
 INPUTS = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
@@ -76,13 +76,11 @@ def _balance(around: Surroundings) -> Tensor:
 def _orthogonal(size: int, kind: str, rng: torch.Generator) -> LinearMap:
     if kind == "hadamard":
         return randomized_hadamard(size, rng)
-    p = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0)
+    p = smaller_side(size)
     orders = [torch.randperm(size, generator=rng) for _ in range(2)]
     return Chain((Permutation(orders[0]), Kronecker(_turn(p, rng), _turn(size // p, rng)), Permutation(orders[1])))
 
 
 def _turn(size: int, rng: torch.Generator) -> Dense:
-    """Return a random orthogonal matrix, uniformly distributed: Q of a Gaussian matrix, signs fixed."""
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=rng, dtype=torch.float64))
-    q = q * r.diagonal().sign()
+    q = random_orthogonal(size, rng)
     return Dense(q, q.T.contiguous())

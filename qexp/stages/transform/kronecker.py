@@ -12,7 +12,6 @@ stays positive; of the clips only those of activations are learned, one ratio fo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,6 +26,7 @@ from qexp.core.maps import Dense, Diagonal, Kronecker
 from qexp.core.minimise import Knobs, minimise
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
+from qexp.stages.transform._shared import random_orthogonal, smaller_side
 
 SCALED = ("attn_in", "mlp_in", "mlp_mid")
 CLIPPED = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
@@ -102,11 +102,11 @@ class KroneckerMaps:
     def _start(self, site: Site, around: Surroundings, rng: torch.Generator) -> dict[str, Tensor]:
         """Return what is learned of a site, float64."""
         if site.kind in ("value", "query_key"):
-            return {"left": _turn(site.head_size, rng)}
+            return {"left": random_orthogonal(site.head_size, rng)}
         if site.kind == "attn_out":
-            return {"left": _turn(site.size // site.head_size, rng)}
-        p = max(d for d in range(1, math.isqrt(site.size) + 1) if site.size % d == 0)
-        parts = {"left": _turn(p, rng), "right": _turn(site.size // p, rng)}
+            return {"left": random_orthogonal(site.size // site.head_size, rng)}
+        p = smaller_side(site.size)
+        parts = {"left": random_orthogonal(p, rng), "right": random_orthogonal(site.size // p, rng)}
         if self.scale and site.kind in SCALED:
             parts["scale"] = self._scale(around).log().double()
         return parts
@@ -136,10 +136,3 @@ def _insert(site: Site, parts: dict[str, Tensor]) -> Insert:
 
 def _dense(a: Tensor) -> Dense:
     return Dense(a, torch.linalg.inv(a))
-
-
-def _turn(size: int, rng: torch.Generator) -> Tensor:
-    """Return a random orthogonal matrix, float64."""
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=rng, dtype=torch.float64))
-    turn: Tensor = q * r.diagonal().sign()
-    return turn.contiguous()
