@@ -33,7 +33,7 @@ void check_clip(double clip) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_codes_cpu(const at::Tensor& x, int64_t bits, int64_t group,
-                                                                  bool symmetric, double clip) {
+                                                                  bool symmetric, double clip, bool half) {
     check_no_grad(x, "x");
     check_code_bits(bits);
     check_clip(clip);
@@ -43,7 +43,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_codes_cpu(const at::Tens
     at::Tensor packed = at::empty(with_last(x, rows.n * bits / 8), x.options().dtype(at::kByte));
     at::Tensor scale = at::empty(with_last(x, rows.n / width), x.options().dtype(at::kFloat));
     at::Tensor zero = at::empty(scale.sizes(), scale.options());
-    const GridRule rule{static_cast<int>(bits), symmetric, false, static_cast<float>(clip)};
+    const GridRule rule{static_cast<int>(bits), symmetric, false, static_cast<float>(clip), half};
     quantize_codes({rows.data(), rows.stride, rows.count, rows.n, rows.dtype, rule, width,
                     packed.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<float>(),
                     zero.mutable_data_ptr<float>()},
@@ -77,14 +77,14 @@ at::Tensor dequantize_codes_cpu(const at::Tensor& packed, const at::Tensor& scal
 }
 
 at::Tensor fake_quantize_cpu(const at::Tensor& x, int64_t bits, int64_t group, bool symmetric, bool widen,
-                             double clip) {
+                             double clip, bool half) {
     check_no_grad(x, "x");
     TORCH_CHECK(bits >= 2 && bits <= 8, "bits: got ", bits, ", expected 2 to 8");
     check_clip(clip);
     const Rows rows = rows_of(x, "x");
     const int64_t width = width_of_group(group, rows.n);
     at::Tensor y = at::empty(x.sizes(), x.options());
-    const GridRule rule{static_cast<int>(bits), symmetric, widen, static_cast<float>(clip)};
+    const GridRule rule{static_cast<int>(bits), symmetric, widen, static_cast<float>(clip), half};
     fake_quantize({rows.data(), rows.stride, rows.count, rows.n, rows.dtype, rule, width, y.mutable_data_ptr()},
                   torch_parallel);
     return y;

@@ -15,6 +15,7 @@ struct GridRule {
     bool symmetric;  // scale from max|x|, zero = 2^(bits - 1)
     bool widen;      // asymmetric only: a range that does not contain 0 is widened to it
     float clip;      // fraction of the range
+    bool half = false;  // scale and zero are to be kept in float16: the scale is rounded to it before any code is derived
 };
 
 struct QuantizeTask {

@@ -146,7 +146,7 @@ void code_rows(Call& call, Input& input) {
     const Rows rows(call, input, any ? input.number(1, 300) : (input.flag() ? 32 : 8) * input.number(1, 16));
     const int bits = what == 2 ? static_cast<int>(input.number(2, 8)) : input.pick({2, 4, 8});
     const int64_t group = input.flag() ? rows.n : divisor(input, rows.n);
-    const GridRule rule{bits, input.flag(), what == 2 && input.flag(), clip_of(input)};
+    const GridRule rule{bits, input.flag(), what == 2 && input.flag(), clip_of(input), input.flag()};
     rows.fill(input);
     describe(call, "part %d rows=%d stride=%d n=%d dtype=%d bits=%d group=%d symmetric=%d widen=%d clip=%g",
              static_cast<int>(what), static_cast<int>(rows.rows), static_cast<int>(rows.stride),

@@ -144,7 +144,7 @@ void rotations(const Shape& s, Dtype dtype, bool at_end, std::mt19937& random) {
 void codes(int64_t n, int64_t group, Dtype dtype, bool at_end, std::mt19937& random) {
     const int64_t rows = 3;
     const int bits = std::vector<int>{2, 4, 8}[random() % 3];
-    const GridRule rule{bits, random() % 2 == 0, random() % 2 == 0, 0.9f};
+    const GridRule rule{bits, random() % 2 == 0, random() % 2 == 0, 0.9f, random() % 2 == 0};
     Guarded x(rows * n * size_of(dtype), at_end), y(rows * n * size_of(dtype), at_end);
     Guarded packed(rows * n * bits / 8, at_end);
     Guarded scale(rows * n / group * 4, at_end), zero(rows * n / group * 4, at_end);

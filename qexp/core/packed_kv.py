@@ -41,7 +41,7 @@ class GroupedKv(Protocol):
 
 @dataclass(frozen=True)
 class KvCodec:
-    """Packs tensors [..., E]: uint8 codes [..., E bits / 8] with float32 scale and zero [..., G]."""
+    """Packs tensors [..., E]: uint8 codes [..., E bits / 8] with float16 scale and zero [..., G]."""
 
     bits: int
     symmetric: bool
@@ -51,13 +51,14 @@ class KvCodec:
     def encode(self, x: Tensor) -> Codes:
         """Return the codes of x [..., E] (float64 as float32)."""
         x = x.float() if x.dtype == torch.float64 else x
-        return quantize_codes(x, self.bits, group=self.group, symmetric=self.symmetric, clip=self.clip)
+        kept = quantize_codes(x, self.bits, group=self.group, symmetric=self.symmetric, clip=self.clip, half=True)
+        return Codes(kept.packed, kept.scale.half(), kept.zero.half())
 
     def decode(self, codes: Codes, dtype: torch.dtype) -> Tensor:
         """Return [..., E] in ``dtype``."""
-        if dtype == torch.float64:
-            return dequantize_codes(codes, self.bits, group=self.group).double()
-        return dequantize_codes(codes, self.bits, group=self.group, dtype=dtype)
+        wide = Codes(codes.packed, codes.scale.float(), codes.zero.float())
+        narrow = torch.float32 if dtype == torch.float64 else dtype
+        return dequantize_codes(wide, self.bits, group=self.group, dtype=narrow).to(dtype)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Asymmetric: s = clip (max - min) / (2^b - 1), z = round(-clip min / s), code = clamp(round(x / s) + z, 0, 2^b - 1).
 Symmetric: s = clip max|x| / (2^(b-1) - 1), z = 2^(b-1). Either way x^ = s (code - z): the same numbers, bit for bit, as
-``quantize.fake_quantize_groups``. A group with NaN or Inf has scale NaN, zero 0 and codes 0, so it comes back as NaN.
+``quantize.fake_quantize_groups``. With ``half`` both fit float16: s is rounded to it before any code is derived, and
+has 2^-10 max|x| as floor, so that z stays below 2^10. A group with NaN or Inf has scale NaN, zero 0 and codes 0, so it comes back as NaN.
 
 Source: methods/kv_cache.md 3.2; kernels.md section 7 (packing: ``pack.pack_codes``).
 """
@@ -31,13 +32,15 @@ class Codes(NamedTuple):
     zero: Tensor
 
 
-def quantize_codes(x: Tensor, bits: int, *, group: int = 0, symmetric: bool = False, clip: float = 1.0) -> Codes:
+def quantize_codes(
+    x: Tensor, bits: int, *, group: int = 0, symmetric: bool = False, clip: float = 1.0, half: bool = False
+) -> Codes:
     """Quantize each group of the last dimension to unsigned codes and pack them.
 
     Shapes: x [..., d] bf16, fp16 or fp32, group divides d (0: all of it), 8 divides d -> :class:`Codes`.
     Units: clip is a fraction of the range, in (0, 1]. Arithmetic in float32. Raises: RuntimeError naming the argument.
     """
-    return Codes(*torch.ops.qexp.quantize_codes(x, bits, group, symmetric, clip))
+    return Codes(*torch.ops.qexp.quantize_codes(x, bits, group, symmetric, clip, half))
 
 
 def dequantize_codes(codes: Codes, bits: int, *, group: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,18 +53,18 @@ def dequantize_codes(codes: Codes, bits: int, *, group: int = 0, dtype: torch.dt
 
 
 def quantize_codes_reference(
-    x: Tensor, bits: int, group: int, symmetric: bool, clip: float
+    x: Tensor, bits: int, group: int, symmetric: bool, clip: float, half: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the op ``quantize_codes`` in plain torch; shapes and errors as there."""
     check_quantize_codes(x, bits, group, clip)
     d = x.shape[-1]
     rows = x.reshape(-1, group or d)
-    half = 1 << (bits - 1)
-    grid = symmetric_grid(rows, bits, clip) if symmetric else asymmetric_grid(rows, bits, clip, with_zero=False)
-    zero = torch.full_like(grid.scale, half) if grid.zero is None else grid.zero
+    centre = 1 << (bits - 1)
+    grid = symmetric_grid(rows, bits, clip, half) if symmetric else asymmetric_grid(rows, bits, clip, False, half)
+    zero = torch.full_like(grid.scale, centre) if grid.zero is None else grid.zero
     good = grid.scale.isfinite()
     codes = (rows.float() * grid.scale.reciprocal()).round() + zero
-    codes = torch.where(good, codes.clamp(0, 2 * half - 1), 0.0).to(torch.uint8)
+    codes = torch.where(good, codes.clamp(0, 2 * centre - 1), 0.0).to(torch.uint8)
     shape = (*x.shape[:-1], d // (group or d))
     scale, zero = torch.where(good, grid.scale, float("nan")), torch.where(good, zero, 0.0)
     return pack_codes(codes.reshape(x.shape), bits), scale.reshape(shape), zero.reshape(shape)

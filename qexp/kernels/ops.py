@@ -30,14 +30,17 @@ SCHEMAS: dict[str, dict[str, str]] = {
     },
     "kv_codes": {
         "quantize_codes": (
-            "(Tensor x, int bits, int group, bool symmetric, float clip) -> (Tensor packed, Tensor scale, Tensor zero)"
+            "(Tensor x, int bits, int group, bool symmetric, float clip, bool half=False)"
+            " -> (Tensor packed, Tensor scale, Tensor zero)"
         ),
         "dequantize_codes": (
             "(Tensor packed, Tensor scale, Tensor zero, int bits, int group, ScalarType dtype) -> Tensor"
         ),
     },
     "quantize": {
-        "fake_quantize": "(Tensor x, int bits, int group, bool symmetric, bool widen, float clip) -> Tensor",
+        "fake_quantize": (
+            "(Tensor x, int bits, int group, bool symmetric, bool widen, float clip, bool half=False) -> Tensor"
+        ),
     },
     "gram": {"gram_": "(Tensor(a!) sum, Tensor x) -> ()"},
     "sweep": {

@@ -3,7 +3,8 @@
 Symmetric: s = clip max|x| / (2^(b-1) - 1), x^ = s clamp(round(x / s), -2^(b-1), 2^(b-1) - 1).
 Asymmetric: s = clip (max - min) / (2^b - 1), z = round(-clip min / s),
 x^ = s (clamp(round(x / s) + z, 0, 2^b - 1) - z);
-a token's range is first widened to contain 0, a group's is not, and z is not clamped. Rounding is half to even.
+a token's range is first widened to contain 0, a group's is not, and z is not clamped. Rounding is half to even. With
+``half``, s and z are what float16 holds: s is rounded to it first, and its floor of 2^-10 max|x| keeps z below 2^10.
 
 This runs before every linear of an evaluation. On a CPU the compiled kernel reads each row once from memory; without it
 torch makes two reductions over x and then rounds in place, in chunks of rows that stay in cache: the same numbers, bit
@@ -24,6 +25,7 @@ from qexp.kernels import ops
 
 assert "fake_quantize" in ops.OPS  # importing it is what defines torch.ops.qexp
 COMPILED = (torch.float32, torch.bfloat16, torch.float16)
+HALF_EPSILON, HALF_TINY = 2.0**-10, 2.0**-24  # of float16
 CHUNK_ELEMENTS = 1 << 18  # 1 MB of float32: the second-level cache of one core
 
 
@@ -37,14 +39,16 @@ def fake_quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float |
     return _fake(x, bits, x.shape[-1], symmetric, True, clip)
 
 
-def fake_quantize_groups(x: Tensor, bits: int, group: int, symmetric: bool, clip: float | Tensor) -> Tensor:
+def fake_quantize_groups(
+    x: Tensor, bits: int, group: int, symmetric: bool, clip: float | Tensor, half: bool = False
+) -> Tensor:
     """Round each group of consecutive columns to its own grid, else as :func:`fake_quantize_per_token`.
 
     Shapes: x [..., I] -> same shape and dtype. Raises: ValueError if the group does not divide I.
     """
     if group < 1 or x.shape[-1] % group:
         raise ValueError(f"group={group} does not divide the {x.shape[-1]} columns of x")
-    return _fake(x, bits, group, symmetric, False, clip)
+    return _fake(x, bits, group, symmetric, False, clip, half)
 
 
 def fake_quantize_fixed(x: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -62,7 +66,7 @@ def fake_quantize_fixed(x: Tensor, bits: int, scale: Tensor, zero: Tensor | None
 
 
 def fake_quantize_reference(
-    x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float | Tensor
+    x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float | Tensor, half: bool = False
 ) -> Tensor:
     """Compute the op ``fake_quantize`` in plain torch.
 
@@ -71,7 +75,7 @@ def fake_quantize_reference(
     """
     check_fake_quantize(x, bits, group, clip)
     rows = x.reshape(-1, group or x.shape[-1])
-    grid = symmetric_grid(rows, bits, clip) if symmetric else asymmetric_grid(rows, bits, clip, with_zero=widen)
+    grid = symmetric_grid(rows, bits, clip, half) if symmetric else asymmetric_grid(rows, bits, clip, widen, half)
     return _on_grid(rows, grid).reshape(x.shape)
 
 
@@ -85,13 +89,15 @@ def check_fake_quantize(x: Tensor, bits: int, group: int, clip: float | Tensor) 
     torch._check(divides, lambda: f"group: got {group}, expected 0 or a divisor of d={d}")
 
 
-def _fake(x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float | Tensor) -> Tensor:
+def _fake(
+    x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float | Tensor, half: bool = False
+) -> Tensor:
     """Run the op where its compiled kernel serves: a CPU, no gradient wanted, not float64; else plain torch."""
     learns = x.requires_grad and torch.is_grad_enabled()
     if x.device.type == "cpu" and x.dtype in COMPILED and not learns and x.shape[-1]:
-        y: Tensor = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, widen, float(clip))
+        y: Tensor = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, widen, float(clip), half)
         return y
-    return fake_quantize_reference(x, bits, group, symmetric, widen, clip)
+    return fake_quantize_reference(x, bits, group, symmetric, widen, clip, half)
 
 
 class Grid(NamedTuple):
@@ -103,23 +109,30 @@ class Grid(NamedTuple):
     highest: int
 
 
-def symmetric_grid(rows: Tensor, bits: int, clip: float | Tensor) -> Grid:
+def symmetric_grid(rows: Tensor, bits: int, clip: float | Tensor, half: bool = False) -> Grid:
     """Return the grid whose greatest code stands for clip * max|x| of each row of [R, I]."""
     low, high = _range(rows)
     top = 2 ** (bits - 1) - 1
-    scale = torch.maximum(-low, high).mul(clip).div(top).clamp(min=torch.finfo(low.dtype).tiny)
+    tiny = HALF_TINY if half else torch.finfo(low.dtype).tiny
+    scale = _kept(torch.maximum(-low, high).mul(clip).div(top).clamp(min=tiny), half)
     return Grid(scale, None, -top - 1, top)
 
 
-def asymmetric_grid(rows: Tensor, bits: int, clip: float | Tensor, with_zero: bool) -> Grid:
+def asymmetric_grid(rows: Tensor, bits: int, clip: float | Tensor, with_zero: bool, half: bool = False) -> Grid:
     """Return the grid over clip times the range of each row of [R, I], widened to contain 0 on request."""
     low, high = _range(rows)
     if with_zero:
         low, high = low.clamp(max=0), high.clamp(min=0)
     top, number = 2**bits - 1, torch.finfo(low.dtype)
-    floor = torch.maximum(-low, high) * number.eps + number.tiny  # so that a constant row c comes out as c
-    scale = torch.maximum((high - low).mul(clip).div(top), floor)
+    epsilon, tiny = (HALF_EPSILON, HALF_TINY) if half else (number.eps, number.tiny)
+    floor = torch.maximum(-low, high) * epsilon + tiny  # so that a constant row c comes out as c
+    scale = _kept(torch.maximum((high - low).mul(clip).div(top), floor), half)
     return Grid(scale, pass_through_round(-low * clip / scale), 0, top)
+
+
+def _kept(scale: Tensor, half: bool) -> Tensor:
+    """Return the scale as it is kept, in its own dtype."""
+    return scale.half().to(scale.dtype) if half else scale
 
 
 def _range(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,9 @@ def had_quant(
     return q, scale, x.new_empty([rows, n // (sum_group or n)], dtype=torch.int32)
 
 
-def quantize_codes(x: Tensor, bits: int, group: int, symmetric: bool, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_codes(
+    x: Tensor, bits: int, group: int, symmetric: bool, clip: float, half: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scales and zero points."""
     check_quantize_codes(x, bits, group, clip)
     d = x.shape[-1]
@@ -86,7 +88,9 @@ def dequantize_codes(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, gro
     return packed.new_empty([*packed.shape[:-1], d], dtype=dtype)
 
 
-def fake_quantize(x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float) -> Tensor:
+def fake_quantize(
+    x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float, half: bool = False
+) -> Tensor:
     """Return what has the shape of x."""
     check_fake_quantize(x, bits, group, clip)
     return x.new_empty(x.shape)

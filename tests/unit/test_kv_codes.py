@@ -64,16 +64,17 @@ def same(got: Tensor, want: Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "group"), [(128, 0), (64, 32), (80, 0), (48, 16), (24, 4)])
-def test_codes_are_fake_quantization_in_bytes(tier: str, d: int, group: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_codes_are_fake_quantization_in_bytes(tier: str, d: int, group: int, dtype: torch.dtype, half: bool) -> None:
     x = hard(d, dtype)
     for bits in (2, 4, 8):
         for symmetric, clip in ((True, 1.0), (False, 1.0), (True, 0.9), (False, 0.5)):
-            made = quantize_codes(x, bits, group=group, symmetric=symmetric, clip=clip)
-            want = Codes(*quantize_codes_reference(x, bits, group, symmetric, clip))
+            made = quantize_codes(x, bits, group=group, symmetric=symmetric, clip=clip, half=half)
+            want = Codes(*quantize_codes_reference(x, bits, group, symmetric, clip, half))
             assert torch.equal(made.packed, want.packed)
             assert same(made.scale, want.scale) and torch.equal(made.zero, want.zero)
             back = dequantize_codes(made, bits, group=group, dtype=dtype)
-            fake = fake_quantize_groups(x, bits, group or d, symmetric, clip)
+            fake = fake_quantize_groups(x, bits, group or d, symmetric, clip, half)
             assert torch.equal(back.nan_to_num(7.0), fake.nan_to_num(7.0)) and torch.equal(back.isnan(), fake.isnan())
             assert back[5:8].isnan().any(-1).all() and not back[:5].isnan().any()
 
@@ -84,8 +85,9 @@ def test_fake_quantization_has_the_bits_of_plain_torch(tier: str, d: int, group:
     x = hard(d, dtype)
     for bits in (2, 3, 4, 7, 8):
         for symmetric, widen, clip in ((True, True, 1.0), (False, True, 0.9), (False, False, 1.0), (True, False, 0.3)):
-            got = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, widen, clip)
-            assert same(got, fake_quantize_reference(x, bits, group, symmetric, widen, clip))
+            for half in (False, True):
+                got = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, widen, clip, half)
+                assert same(got, fake_quantize_reference(x, bits, group, symmetric, widen, clip, half))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -99,14 +101,17 @@ def test_fuzz(data: st.DataObject) -> None:
     x = values.to(data.draw(st.sampled_from(DTYPES))).reshape(shape)
     if x.dim() > 2 and data.draw(st.booleans()):
         x = x.transpose(0, 1)
-    symmetric, clip = data.draw(st.booleans()), data.draw(st.floats(0.01, 1.0))
-    made = torch.ops.qexp.quantize_codes(x, bits, group, symmetric, clip)
-    for got, want in zip(made, quantize_codes_reference(x, bits, group, symmetric, clip), strict=True):
+    symmetric, clip, half = data.draw(st.booleans()), data.draw(st.floats(0.01, 1.0)), data.draw(st.booleans())
+    made = torch.ops.qexp.quantize_codes(x, bits, group, symmetric, clip, half)
+    for got, want in zip(made, quantize_codes_reference(x, bits, group, symmetric, clip, half), strict=True):
         assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)) and got.dtype == want.dtype
     back = dequantize_codes(Codes(*made), bits, group=group, dtype=x.dtype)
     assert same(back, dequantize_codes_reference(*made, bits, group, x.dtype))
-    fake = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, False, clip)
-    assert same(fake, fake_quantize_reference(x, bits, group, symmetric, False, clip))
+    if half:
+        kept = made[0], made[1].half().float(), made[2].half().float()
+        assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(made, kept, strict=True))
+    fake = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, False, clip, half)
+    assert same(fake, fake_quantize_reference(x, bits, group, symmetric, False, clip, half))
 
 
 def test_bytes_are_the_dense_packing_and_symmetric_codes_are_centred() -> None:
@@ -120,7 +125,7 @@ def test_bytes_are_the_dense_packing_and_symmetric_codes_are_centred() -> None:
 
 def test_operators_pass_torchs_own_checks_and_compile() -> None:
     x = draw(2, 3, 64).transpose(0, 1)
-    torch.library.opcheck(torch.ops.qexp.quantize_codes.default, (x, 4, 32, False, 0.9))
+    torch.library.opcheck(torch.ops.qexp.quantize_codes.default, (x, 4, 32, False, 0.9, True))
     made = quantize_codes(x, 4, group=32)
     torch.library.opcheck(torch.ops.qexp.dequantize_codes.default, (*made, 4, 32, torch.bfloat16))
     torch.library.opcheck(torch.ops.qexp.fake_quantize.default, (x, 4, 32, True, True, 1.0))

@@ -56,7 +56,7 @@ def test_every_width_generates_the_same_tokens(bits: int, kv: str) -> None:
     cache = packed.new_cache()
     assert torch.equal(packed.model.generate(ids, past_key_values=cache, **how), simulated)
     values, heads = 2 * 2 * cache.get_seq_length(), 2 * 2  # blocks x (k, v), sequences x heads of 8
-    assert cache.nbytes() == values * heads * (8 * bits // 8 + 8)
+    assert cache.nbytes() == values * heads * (8 * bits // 8 + 4)
 
 
 @torch.no_grad()

@@ -247,7 +247,7 @@ def bytes_ratio(kv: str, bits: int, context: int) -> float:
 
 @pytest.mark.parametrize(
     ("kv", "bits", "expected"),
-    [("kivi", 2, 0.2129), ("kivi", 4, 0.3340), ("per_head", 4, 0.375), ("per_head", 2, 0.25)],
+    [("kivi", 2, 0.2129), ("kivi", 4, 0.3340), ("per_head", 4, 0.3125), ("per_head", 2, 0.1875)],
 )
 def test_bytes_at_2048_tokens_in_heads_of_32(kv: str, bits: int, expected: float) -> None:
     assert bytes_ratio(kv, bits, 2048) == pytest.approx(expected, abs=1e-4)

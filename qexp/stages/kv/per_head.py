@@ -1,7 +1,7 @@
 """Quantize the key and the value of each head of each token by themselves, in groups along the head.
 
 asymmetric: s = clip (hi - lo) / (2^b - 1) on the true range of a group, z = round(-lo / s);
-symmetric: s = clip max|x| / (2^(b-1) - 1). Every position is quantized, the current one too, as QuaRot simulates it.
+symmetric: s = clip max|x| / (2^(b-1) - 1). s and z are float16, as a cache keeps them. Every position is quantized, the current one too, as QuaRot simulates it.
 ``pre_rope`` quantizes keys before RoPE, behind the norm of keys where there is one, and without the rotation R3: a
 simulation only, since a cache of such keys would turn all of them at every token.
 
@@ -19,7 +19,7 @@ from qexp.core.errors import UserError
 from qexp.core.words import FULL_BITS
 from qexp.kernels.quantize import fake_quantize_groups
 
-PARAM_BITS = 16  # scale and zero point are kept in float16 beside the codes
+PARAM_BITS = 16  # of the scale, and as many of the zero point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class PerHead:
     group: int
     pre_rope: bool
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         """Raise UserError for settings that mean nothing."""
@@ -66,7 +66,7 @@ class PerHead:
     def _quantize(self, x_BASE: Tensor) -> Tensor:
         """Return one of the two, quantized."""
         group = self._width(x_BASE.shape[-1])
-        return fake_quantize_groups(x_BASE, bits=self.bits, group=group, symmetric=self.symmetric, clip=self.clip)
+        return fake_quantize_groups(x_BASE, self.bits, group, self.symmetric, self.clip, half=True)
 
     def _width(self, head_size: int) -> int:
         """Return how many elements share a scale."""
