@@ -91,6 +91,7 @@ class QuantLinear(nn.Module):
         self.params: Params = {}
         self.kept: Tensor | None = None
         self.unmap: LinearMap | None = None
+        self.clips: Tensor | None = None  # learned: how far the range of each row goes, for the solver
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b for x [..., I] after the input path."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.func import functional_call
 
-from qexp.core.learned import NO_CLIPS, Clips, Imitated
+from qexp.core.learned import Clipped, Imitated
 from qexp.core.linear import InputPath
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
@@ -30,20 +30,20 @@ Inserts = Mapping[str, Insert]
 class Candidate:
     """Blocks run with the weights and online maps that candidate inserts would give them; nothing is changed."""
 
-    def __init__(self, view: ModelView, sites: Sequence[Site], grids: Mapping[str, Grid]) -> None:
-        self.view, self.grids, self.sites = view, grids, {site.name: site for site in sites}
+    def __init__(self, view: ModelView, sites: Sequence[Site]) -> None:
+        self.view, self.sites = view, {site.name: site for site in sites}
 
-    def block(self, inserts: Inserts, block: int, x: Tensor, kwargs: Kwargs, round_weights: bool) -> Tensor:
+    def block(self, inserts: Inserts, block: int, x: Tensor, kwargs: Kwargs, grids: Mapping[str, Grid]) -> Tensor:
         """Return what a block answers to x; gradients reach the tensors of the inserts.
 
-        The whole block computes in the dtype of x, whatever its parameters are stored in.
+        ``grids`` of the layers to round may be clipped: their ratios have gradients, too. The whole block computes in
+        the dtype of x, whatever its parameters are stored in.
         """
         prefix = f"{self.view.prefix}.{block}."
         weights = self._weights(inserts, prefix)
-        if round_weights:
-            for name in (name for name in self.grids if name.startswith(prefix)):
-                W = wide(weights.get(f"{name}.weight", self.view.linear(name).weight))
-                weights[f"{name}.weight"] = _rounded(self.grids[name], W)
+        for name in (name for name in grids if name.startswith(prefix)):
+            W = wide(weights.get(f"{name}.weight", self.view.linear(name).weight))
+            weights[f"{name}.weight"] = _rounded(grids[name], W)
         plain = {f"{prefix}{name}": value for name, value in self.view.blocks[block].named_parameters()}
         local = {name.removeprefix(prefix): W.to(x.dtype) for name, W in (plain | weights).items()}
         with self._online(inserts, prefix):
@@ -100,9 +100,14 @@ class Candidate:
 
 
 @contextmanager
-def quantizers(view: ModelView, method: Method, blocks: Iterable[int], clips: Clips = NO_CLIPS) -> Iterator[None]:
-    """Switch the recipe's activation and key/value quantizers on, and off again; ranges are those of each batch."""
-    which = list(blocks)
+def quantizers(
+    view: ModelView, method: Method, blocks: Iterable[int], clips: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Switch the recipe's activation and key/value quantizers on, and off again; ranges are those of each batch.
+
+    ``clips`` of activations by site.
+    """
+    which, clips = list(blocks), clips or {}
     groups = [group for block in which for group in view.groups(block)]
     acts = [search_quantizer(act_of(method, group), clips.get(group.site)) for group in groups]
     paths = [(view.linear(group.layers[0].name).path, act) for group, act in zip(groups, acts, strict=True)]
@@ -122,6 +127,8 @@ def quantizers(view: ModelView, method: Method, blocks: Iterable[int], clips: Cl
 
 def _rounded(grid: Grid, W: Tensor) -> Tensor:
     """Return W on its grid; gradients pass through the rounding, and through the ranges where the grid can tell."""
+    if isinstance(grid, Clipped):
+        return _rounded(grid.grid, grid.clamp(W))
     if isinstance(grid, Imitated):
         return grid.imitate(W)
     params = grid.fit(W.detach(), None)

@@ -11,22 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from qexp.core.errors import UserError
-from qexp.core.learned import NO_CLIPS, Clips, Learned
+from qexp.core.learned import NO_CLIPS, Clipped, Clips, Learned
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
 from qexp.core.rng import generator
-from qexp.core.stages import Method
+from qexp.core.stages import Grid, Method
 from qexp.core.words import Insert, Site
 from qexp.engine.candidate import Candidate, Inserts, quantizers
 from qexp.engine.context import Progress
-from qexp.engine.solving import Plan, plan_of
+from qexp.engine.solving import Grids, Plan, plan_of
 from qexp.engine.store import Finished, Store, pack_maps, read, unpack_maps
 from qexp.engine.streams import Kwargs, Stream, advance, embed
 from qexp.engine.surroundings import SiteSurroundings
@@ -55,7 +55,7 @@ class BlockObjective:
 
     def __init__(self, plan: Plan, block: int, sites: Sequence[Site], source: Stream, kwargs: Kwargs) -> None:
         self.plan, self.index, self.kwargs = plan, block, kwargs
-        self.candidate = Candidate(plan.view, sites, plan.grids)
+        self.candidate = Candidate(plan.view, sites)
         self.inputs, self.targets = torch.cat(source), torch.cat(advance(plan.view, block, source, kwargs))
         self.scale = float(self.targets.float().pow(2).mean())
 
@@ -67,8 +67,9 @@ class BlockObjective:
         """Return the error on the chosen sequences under inserts and clips; gradients go to their tensors."""
         view, which = self.plan.view, list(chosen)
         x, target = (narrow_to_wide(t[which].to(view.model.device)) for t in (self.inputs, self.targets))
-        with quantizers(view, self.plan.method, [self.index], clips), torch.enable_grad():
-            answer = self.candidate.block(inserts, self.index, x, self.kwargs, round_weights)
+        grids = clipped(self.plan.grids, clips) if round_weights else {}
+        with quantizers(view, self.plan.method, [self.index], clips.acts), torch.enable_grad():
+            answer = self.candidate.block(inserts, self.index, x, self.kwargs, grids)
             loss = (answer - target).float().pow(2).mean() / self.scale
             loss.backward()
         return float(loss.detach())
@@ -79,7 +80,7 @@ class ModelObjective:
 
     def __init__(self, view: ModelView, method: Method, sites: Sequence[Site], tokens: Tensor, seed: int) -> None:
         self.view, self.method, self.tokens = view, method, tokens
-        self.candidate = Candidate(view, sites, plan_of(view, method, seed).grids)
+        self.candidate, self.grids = Candidate(view, sites), plan_of(view, method, seed).grids
         stream, self.kwargs = embed(view, tokens)
         self.embedded = torch.cat(stream)
 
@@ -92,11 +93,12 @@ class ModelObjective:
         device, which, entering = self.view.model.device, list(chosen), list[Tensor]()
         start, ids = narrow_to_wide(self.embedded[which].to(device)), self.tokens[which].to(device)
         blocks, turn = range(len(self.view.blocks)), inserts[RESIDUAL].map if RESIDUAL in inserts else None
+        grids = clipped(self.grids, clips) if round_weights else {}
 
         def answer(block: int, x: Tensor) -> Tensor:
-            return self.candidate.block(inserts, block, x, self.kwargs[block], round_weights)
+            return self.candidate.block(inserts, block, x, self.kwargs[block], grids)
 
-        with quantizers(self.view, self.method, blocks, clips):
+        with quantizers(self.view, self.method, blocks, clips.acts):
             with torch.no_grad():
                 x = start if turn is None else turn.apply(start)
                 for block in blocks:
@@ -133,6 +135,12 @@ class ModelObjective:
             total += float(loss.detach())
             gradients.append(_gradient(leaf))
         return total, torch.cat(gradients)
+
+
+def clipped(grids: Grids, clips: Clips) -> Grids:
+    """Return the grids with the ranges that are learned."""
+    ratios = clips.weights
+    return {name: cast("Grid", Clipped(g, ratios[name])) if name in ratios else g for name, g in grids.items()}
 
 
 def narrow_to_wide(x: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from qexp.core.learned import Clipped
 from qexp.core.linear import QuantLinear
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method, Solver
@@ -60,10 +62,11 @@ def _solve_stack(plan: Plan, stack: list[Layer], grid: Grid, stats: Stats | None
     linears = [plan.view.linear(layer.name) for layer in stack]
     W_OI = torch.cat([linear.weight.float() for linear in linears])
     rng, kept = generator(plan.seed, stack[0].name), linears[0].path.kept
+    ranged = _ranged(grid, linears)
     if kept:
-        solved = solve_beside(plan.method.solver, W_OI, kept, stats, grid, rng)
+        solved = solve_beside(plan.method.solver, W_OI, kept, stats, ranged, rng)
     else:
-        solved = plan.method.solver.solve(W_OI, stats, grid, rng)
+        solved = plan.method.solver.solve(W_OI, stats, ranged, rng)
     reports, row = [], 0
     for layer, linear in zip(stack, linears, strict=True):
         rows = slice(row, row + layer.outputs)
@@ -72,6 +75,14 @@ def _solve_stack(plan: Plan, stack: list[Layer], grid: Grid, stats: Stats | None
         own = Quantized(solved.codes[rows], params, None if solved.kept is None else solved.kept[rows])
         reports.append(_installed(layer, linear, own, grid, stats))
     return reports
+
+
+def _ranged(grid: Grid, linears: list[QuantLinear]) -> Grid:
+    """Return the grid as it is fitted to these layers: by the ranges that a transform has learned, if one has."""
+    if all(linear.clips is None for linear in linears):
+        return grid
+    ratios = [torch.ones(linear.out_features, 2) if linear.clips is None else linear.clips for linear in linears]
+    return cast("Grid", Clipped(grid, torch.cat([r.to(linears[0].weight.device) for r in ratios])))
 
 
 def _installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, stats: Stats | None) -> LayerReport:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from qexp.core import rewrite
-from qexp.core.learned import Learner
+from qexp.core.learned import Clips, Learner
 from qexp.core.rng import generator
 from qexp.core.stages import Method, Transform
 from qexp.core.words import Group, Insert, Site, Split
@@ -60,9 +60,7 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> d
             objective = BlockObjective(plan, block, sites, source, kwargs)
             learned = transform.learn(sites, around, objective, generator(plan.seed, name, block), iter)
             losses[name], changes = learned.losses, dict(learned.inserts)
-            readers = {site.name: site.readers[0] for site in sites}
-            for place, clip in ({} if is_calibrated(plan.method.act) else learned.clips).items():
-                view.linear(readers[place]).path.ranges = {"clip": clip}
+            _keep_clips(plan, sites, learned.clips)
         else:
             changes = {
                 site.name: transform.edit(site, around[site.name], generator(plan.seed, name, site.name))
@@ -71,6 +69,15 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> d
         for site in sites:
             _apply(view, site, changes[site.name])
     return losses
+
+
+def _keep_clips(plan: Plan, sites: list[Site], clips: Clips) -> None:
+    """Leave learned ratios where the quantizers of activations and the solver find them."""
+    readers = {site.name: site.readers[0] for site in sites}
+    for place, clip in ({} if is_calibrated(plan.method.act) else clips.acts).items():
+        plan.view.linear(readers[place]).path.ranges = {"clip": clip}
+    for name, ratios in clips.weights.items():
+        plan.view.linear(name).clips = ratios
 
 
 def _surroundings(

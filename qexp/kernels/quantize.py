@@ -93,7 +93,8 @@ def _fake(
     x: Tensor, bits: int, group: int, symmetric: bool, widen: bool, clip: float | Tensor, half: bool = False
 ) -> Tensor:
     """Run the op where its compiled kernel serves: a CPU, no gradient wanted, not float64; else plain torch."""
-    learns = x.requires_grad and torch.is_grad_enabled()
+    wanted = x.requires_grad or (isinstance(clip, Tensor) and clip.requires_grad)
+    learns = wanted and torch.is_grad_enabled()
     if x.device.type == "cpu" and x.dtype in COMPILED and not learns and x.shape[-1]:
         y: Tensor = torch.ops.qexp.fake_quantize(x, bits, group, symmetric, widen, float(clip), half)
         return y
@@ -144,7 +145,7 @@ def _range(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _on_grid(rows: Tensor, grid: Grid) -> Tensor:
     """Return rows [R, I] rounded to the grid, in their own dtype."""
     inverse = grid.scale.reciprocal()
-    if rows.requires_grad and torch.is_grad_enabled():
+    if (rows.requires_grad or grid.scale.requires_grad) and torch.is_grad_enabled():
         zero = 0 if grid.zero is None else grid.zero
         codes = (pass_through_round(rows * inverse) + zero).clamp(grid.lowest, grid.highest)
         return ((codes - zero) * grid.scale).to(rows.dtype)

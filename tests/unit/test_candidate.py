@@ -46,7 +46,7 @@ def test_it_is_what_rewrite_makes(family: str, before: str) -> None:
     sites = [site for site in transform_named("kronecker").sites(view) if site.block == 0]
     stream, kwargs = stream_into(view, 0, tokens(2))
     with quantizers(view, method, [0]), quantizers(other, method, [0]), torch.no_grad():
-        told = Candidate(view, sites, {}).block(inserts, 0, stream[0], kwargs, round_weights=False)
+        told = Candidate(view, sites).block(inserts, 0, stream[0], kwargs, {})
         for site in sites:
             rewrite.insert(other.model, site, inserts[site.name])
         answer = other.blocks[0](stream[0], **kwargs)

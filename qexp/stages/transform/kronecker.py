@@ -7,7 +7,7 @@ placement of norms is fine. c starts as max|W|^(1-alpha) / max|X|^alpha; P start
 
 Source: arXiv:2410.09426 section 3, code 9d88ffc, methods/flatquant.md.
 Differs: P is free and its inverse computed in float64 (the code's direct_inv), c is exp of what is learned, so that it
-stays positive; of the clips only those of activations are learned, one ratio for both ends.
+stays positive; an activation clip is one ratio for both ends, and v's weight clip acts behind P_v, where v is rounded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qexp.core.compound_maps import AcrossHeads, Chain, PerHead
 from qexp.core.errors import UserError
-from qexp.core.learned import NO_CLIPS, Learned, Objective
+from qexp.core.learned import NO_CLIPS, Clips, Learned, Objective
 from qexp.core.maps import Dense, Diagonal, Kronecker
 from qexp.core.minimise import Knobs, minimise
 from qexp.core.stages import Sites, Surroundings
@@ -30,7 +30,7 @@ from qexp.stages.transform._shared import random_orthogonal, smaller_side
 
 SCALED = ("attn_in", "mlp_in", "mlp_mid")
 CLIPPED = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
-CLIP_START = 4.0  # a logit: 0.982 of a token's range
+CLIP_START = 4.0  # a logit: 0.982 of a range
 DEAD = 1e-5
 
 
@@ -38,7 +38,7 @@ DEAD = 1e-5
 class KroneckerMaps:
     """``alpha`` of the first scale; ``rate`` of AdamW over ``epochs`` of batches of ``batch`` sequences.
 
-    ``clip_rate`` is that of the activation clips, 0 for none.
+    ``clip_rate`` is that of the clips, of activations and of the ranges of weights, 0 for none.
     """
 
     alpha: float
@@ -50,7 +50,7 @@ class KroneckerMaps:
     clip_rate: float
     decay: float
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
     after: ClassVar[tuple[str, ...]] = ()
     inserts: ClassVar[str] = "dense"
@@ -80,7 +80,7 @@ class KroneckerMaps:
     ) -> Learned:
         """Return the maps of one block, and the loss of every step."""
         leaves = {site.name: self._start(site, around[site.name], rng) for site in sites}
-        clips = {site.name: torch.tensor(CLIP_START).requires_grad_() for site in sites if site.kind in CLIPPED}
+        clips = self._clips(sites, around)
         tensors = [tensor.requires_grad_() for parts in leaves.values() for tensor in parts.values()]
         batch = min(self.batch, len(objective))
         steps = self.epochs * (len(objective) // batch)
@@ -89,15 +89,26 @@ class KroneckerMaps:
             chosen = [(step * batch + i) % len(objective) for i in range(batch)]
             with torch.enable_grad():
                 inserts = {site.name: _insert(site, leaves[site.name]) for site in sites}
-                ratios = {name: logit.sigmoid() for name, logit in clips.items()} if self.clip_rate else NO_CLIPS
-                return objective(inserts, chosen, True, ratios)
+                return objective(inserts, chosen, True, clips.each(torch.sigmoid))
 
-        knobs = [Knobs(tensors, self.rate), *([Knobs(list(clips.values()), self.clip_rate)] if self.clip_rate else [])]
+        logits = [*clips.acts.values(), *clips.weights.values()]
+        knobs = [Knobs(tensors, self.rate), *([Knobs(logits, self.clip_rate)] if logits else [])]
         losses = minimise(knobs, loss, track(range(steps)), steps, self.decay)
         found = {name: {part: t.detach() for part, t in parts.items()} for name, parts in leaves.items()}
         inserts = {site.name: _insert(site, found[site.name]) for site in sites}
-        kept = {name: logit.detach().sigmoid() for name, logit in clips.items()} if self.clip_rate else NO_CLIPS
-        return Learned(inserts, losses, kept)
+        return Learned(inserts, losses, clips.each(lambda logit: logit.detach().sigmoid()))
+
+    def _clips(self, sites: Sequence[Site], around: Mapping[str, Surroundings]) -> Clips:
+        """Return the logits of all clips."""
+        if not self.clip_rate:
+            return NO_CLIPS
+        inputs = [site for site in sites if site.kind in CLIPPED]
+        weights = {
+            reader: torch.full((len(W), 2), CLIP_START).requires_grad_()
+            for site in inputs
+            for reader, W in zip(site.readers, around[site.name].weights, strict=True)
+        }
+        return Clips({site.name: torch.tensor(CLIP_START).requires_grad_() for site in inputs}, weights)
 
     def _start(self, site: Site, around: Surroundings, rng: torch.Generator) -> dict[str, Tensor]:
         """Return what is learned of a site, float64."""
