@@ -1,0 +1,98 @@
+"""Every transform of issue C with every solver, grid, activation and KV quantizer: composed by overrides, run on a toy.
+
+The combinations are generated and counted; what a run must leave is told of each. Learned transforms learn for a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stage_members import names
+from toy_models import logits, tokens, view_of
+
+from qexp import compose
+from qexp.core.build import build
+from qexp.core.stages import Method
+from qexp.core.words import FULL_BITS
+from qexp.engine.blocks import activate, quantize_blocks
+from qexp.engine.checks import check_method, check_model
+from qexp.engine.context import Run
+from qexp.engine.learning import Learning
+from qexp.engine.transforming import transform_model
+
+TRANSFORMS = {
+    "learned_rotation": "method=spinquant method.transform.learned_rotation.steps=1",
+    "learned_rotation alone": "method=spinquant_no_had method.transform.learned_rotation.steps=1",
+    "duquant": "method=duquant method.transform.duquant.block=8",
+    "duquant_code": "method=duquant method/transform=[duquant_code] method.transform.duquant_code.block=8",
+    "incoherence": "method=quip",
+    "incoherence_hadamard": "method=quip_sharp",
+    "kronecker": "method=flatquant method.transform.kronecker.epochs=1",
+    "outlier_columns": "method=quik",
+    "column_scale": "method=crossquant method/transform=[column_scale]",
+}
+SOLVERS = ("rtn", "gptq")
+GRIDS = {"symmetric": "integer_symmetric", "asymmetric": "integer", "groups": "integer method.grid.group=8"}
+ACTS = ("per_token", "per_tensor")
+KVS = ("none", "per_head")
+SWAPS = list(product(TRANSFORMS, SOLVERS, GRIDS, ACTS, KVS))
+IDS = tokens(4)
+
+
+def test_all_are_there() -> None:
+    assert len(SWAPS) == 9 * 2 * 3 * 2 * 2 == len(set(SWAPS))
+    of_earlier_issues = {"fold_norm", "hadamard", "hadamard_keys", "hadamard_online", "smooth", "smooth_duquant", "awq"}
+    assert {name.removesuffix(" alone") for name in TRANSFORMS} == set(names("transform")) - of_earlier_issues
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hydra() -> Iterator[None]:
+    with compose.hydra():
+        yield
+
+
+def overrides(transform: str, solver: str, grid: str, act: str, kv: str) -> list[str]:
+    bits = "bits=w4a8kv4" if kv != "none" else "bits=w4a8"
+    chosen = f"{TRANSFORMS[transform]} {bits} method/solver={solver} method/grid={GRIDS[grid]}"
+    return f"{chosen} method/act={act} method/kv={kv}".split()
+
+
+def quantized(method: Method, folder: Path) -> Any:
+    view = view_of("llama", torch.float32)
+    check_method(method, calibrated=True)
+    check_model(view, method)
+    run = Run(
+        folder=folder, name="toy", fingerprint="f", seed=0, device="cpu", progress=lambda _, items: items,
+        cache=folder / "cache", model_identity="m",
+    )  # fmt: skip
+    transform_model(view, method, 0, Learning(IDS, run.store, run.progress))
+    quantize_blocks(view, IDS, method, run)
+    activate(view, range(2), method)
+    return view
+
+
+@pytest.mark.parametrize(
+    "swap", [s if s[1:] == SWAPS[0][1:] else pytest.param(s, marks=pytest.mark.slow) for s in SWAPS], ids="-".join
+)
+def test_it_composes_and_runs(swap: tuple[str, ...], tmp_path: Path) -> None:
+    _, solver, grid, act, kv = swap
+    method: Method = build(compose.composed(overrides(*swap))["method"])
+    assert type(method.solver).__name__.lower() == solver and type(method.act).__module__.endswith(f".{act}")
+    assert method.kv.bits == (FULL_BITS if kv == "none" else 4)
+    assert method.grid.group == 8 if grid == "groups" else method.grid.group < 1
+    view = quantized(method, tmp_path)
+    answer = logits(view.model, IDS)
+    assert answer.isfinite().all()
+    error = (answer - logits(view_of("llama", torch.float32).model, IDS)).pow(2).mean() / answer.pow(2).mean()
+    assert 0 < error < 1, "quantized, and still the same model"
+    for layer in view.layers:
+        linear = view.linear(layer.name)
+        assert linear.codes is not None and linear.path.act is not None
+        decoded = linear.grid.decode(linear.codes, linear.params)
+        kept = 0 if linear.kept is None else linear.kept.shape[1]
+        assert torch.equal(linear.weight[:, : linear.weight.shape[1] - kept], decoded.to(linear.weight))
