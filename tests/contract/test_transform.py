@@ -17,7 +17,7 @@ from qexp.models.view import ModelView
 
 MEMBERS = names("transform")
 NEEDS_BEFORE = {"hadamard": ("fold_norm",), "learned_rotation": ("fold_norm",)}  # norms must commute with what comes
-SHORT = {"learned_rotation": {"steps": 2, "batch": 2}, "kronecker": {"epochs": 1, "batch": 2}}  # learning takes long
+SHORT = {"learned_rotation": {"steps": 2, "batch": 2}, "kronecker": {"steps": 3, "batch": 2}}  # learning takes long
 STACKS = (
     ("fold_norm", "hadamard", "smooth"),
     ("fold_norm", "hadamard", "awq"),  # a folded diagonal in front of an online rotation

@@ -32,7 +32,7 @@ TRANSFORMS = {
     "duquant_code": "method=duquant method/transform=[duquant_code] method.transform.duquant_code.block=8",
     "incoherence": "method=quip",
     "incoherence_hadamard": "method=quip_sharp",
-    "kronecker": "method=flatquant method.transform.kronecker.epochs=1",
+    "kronecker": "method=flatquant method.transform.kronecker.steps=1",
     "outlier_columns": "method=quik",
     "column_scale": "method=crossquant method/transform=[column_scale]",
 }

@@ -55,21 +55,21 @@ def error(objective: BlockObjective, inserts: dict[str, Insert], clips: Clips | 
 
 
 def test_what_is_learned_beats_its_start_and_doing_nothing() -> None:
-    objective, starts, found = learned(epochs=8)
+    objective, starts, found = learned(steps=32)
     end = error(objective, found.inserts, found.clips)
     assert end < 0.8 * error(objective, starts) and end < 0.5 * error(objective, {})
     assert sum(found.losses[-4:]) < sum(found.losses[:4])
 
 
 def test_clips_make_it_better_still() -> None:
-    objective, _, with_clips = learned(epochs=8)
-    _, _, without = learned(epochs=8, clip_rate=0.0)
+    objective, _, with_clips = learned(steps=32)
+    _, _, without = learned(steps=32, clip_rate=0.0)
     assert not without.clips.acts and not without.clips.weights
     assert error(objective, with_clips.inserts, with_clips.clips) < error(objective, without.inserts)
 
 
 def test_at_rate_zero_it_is_its_random_start() -> None:
-    _, starts, found = learned(epochs=1, rate=0.0, clip_rate=0.0)
+    _, starts, found = learned(steps=4, rate=0.0, clip_rate=0.0)
     for name, insert in found.inserts.items():
         x = torch.eye(starts[name].map.size, dtype=torch.float64)
         assert torch.equal(insert.map.apply(x), starts[name].map.apply(x))
@@ -92,7 +92,7 @@ def test_a_clipped_grid_fits_the_clamped_weight(grid: str, group: int) -> None:
 
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
 def test_the_solver_takes_learned_ranges(solver: str) -> None:
-    view, made = view_of("llama", torch.float32), replace(method(w=3, epochs=1), solver=member("solver", solver))
+    view, made = view_of("llama", torch.float32), replace(method(w=3, steps=4), solver=member("solver", solver))
     plan, (stream, kwargs) = plan_of(view, made, 0), stream_into(view, 0, IDS)
     transform_block(plan, 0, stream, kwargs)
     stats = observe(view, 0, view.groups(0), stream, kwargs)
@@ -108,7 +108,7 @@ def test_the_solver_takes_learned_ranges(solver: str) -> None:
 
 
 def test_activation_clips_reach_the_input_path() -> None:
-    view, made = view_of("llama", torch.float32), method(epochs=1)
+    view, made = view_of("llama", torch.float32), method(steps=4)
     plan, (stream, kwargs) = plan_of(view, made, 0), stream_into(view, 0, IDS)
     transform_block(plan, 0, stream, kwargs)
     for group in view.groups(0):

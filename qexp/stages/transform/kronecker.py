@@ -36,7 +36,7 @@ DEAD = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerMaps:
-    """``alpha`` of the first scale; ``rate`` of AdamW over ``epochs`` of batches of ``batch`` sequences.
+    """``alpha`` of the first scale; ``rate`` of AdamW over ``steps`` batches of ``batch`` sequences, in turn.
 
     ``clip_rate`` is that of the clips, of activations and of the ranges of weights, 0 for none.
     """
@@ -44,7 +44,7 @@ class KroneckerMaps:
     alpha: float
     scale: bool
     keys: bool
-    epochs: int
+    steps: int
     batch: int
     rate: float
     clip_rate: float
@@ -57,10 +57,10 @@ class KroneckerMaps:
     scope: ClassVar[str] = "block"
 
     def __post_init__(self) -> None:
-        """Raise UserError for a batch or number of epochs that means nothing."""
-        if self.batch < 1 or self.epochs < 0:
-            got = f"kronecker.batch={self.batch}, epochs={self.epochs}"
-            raise UserError(got, "at least one sequence and no negative epochs", "method.transform.kronecker.batch=4")
+        """Raise UserError for a batch or number of steps that means nothing."""
+        if self.batch < 1 or self.steps < 0:
+            got = f"kronecker.batch={self.batch}, steps={self.steps}"
+            raise UserError(got, "at least one sequence and no negative steps", "method.transform.kronecker.batch=4")
 
     def sites(self, model: Sites) -> list[Site]:
         """Return every input of a linear, the values, and queries and keys."""
@@ -83,7 +83,6 @@ class KroneckerMaps:
         clips = self._clips(sites, around)
         tensors = [tensor.requires_grad_() for parts in leaves.values() for tensor in parts.values()]
         batch = min(self.batch, len(objective))
-        steps = self.epochs * (len(objective) // batch)
 
         def loss(step: int) -> float:
             chosen = [(step * batch + i) % len(objective) for i in range(batch)]
@@ -93,7 +92,7 @@ class KroneckerMaps:
 
         logits = [*clips.acts.values(), *clips.weights.values()]
         knobs = [Knobs(tensors, self.rate), *([Knobs(logits, self.clip_rate)] if logits else [])]
-        losses = minimise(knobs, loss, track(range(steps)), steps, self.decay)
+        losses = minimise(knobs, loss, track(range(self.steps)), self.steps, self.decay)
         found = {name: {part: t.detach() for part, t in parts.items()} for name, parts in leaves.items()}
         inserts = {site.name: _insert(site, found[site.name]) for site in sites}
         return Learned(inserts, losses, clips.each(lambda logit: logit.detach().sigmoid()))
