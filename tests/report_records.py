@@ -107,7 +107,10 @@ def with_activations(run: Record, layer: str = "layers.3.mlp.down_proj") -> Reco
     loud: dict[str, float | None] = {"kurtosis": 188.2, "peak": 31.0, "sqnr_db": 11.0}
     quiet: dict[str, float | None] = {"kurtosis": 3.1, "peak": 2.0, "sqnr_db": 19.5}
     inputs = [{"layer": f"layers.{i}.mlp.down_proj", "before": loud, "after": quiet} for i in range(6)]
-    run["diagnostics"] = {"activations": [entry], "inputs": inputs}  # type: ignore[typeddict-item]
+    losses = {"learned_rotation": [4.2 + math.exp(-i / 20) for i in range(100)]}
+    run["diagnostics"] = {"activations": [entry], "inputs": inputs, "losses": losses}  # type: ignore[typeddict-item]
+    for block in run["blocks"]:
+        block["losses"] = {"kronecker": [0.1 / (1 + i + block["index"]) for i in range(32)]}  # type: ignore[typeddict-unknown-key]
     return run
 
 

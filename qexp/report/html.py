@@ -24,6 +24,7 @@ _TITLES = {
     "pareto": "Quality over size",
     "blocks": "Error per block",
     "inputs": "Inputs of the linears before and after",
+    "losses": "Losses of what was learned",
     "activations": "Activations before and after",
 }
 

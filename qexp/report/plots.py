@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qexp.report import blocks, inputs, pareto, rows, surfaces
+from qexp.report import blocks, inputs, learning, pareto, rows, surfaces
 from qexp.report.record import Record
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
-    """Return all figures of ``records`` by name: ``pareto/..``, ``blocks/..``, ``inputs/..`` and ``activations/..``."""
+    """Return all figures of ``records`` by name, ``pareto/..``, ``blocks/..``, ``inputs/..`` and so on."""
     lines = [row for row in rows.make(records) if not row.failed]
     models = list(dict.fromkeys(row.model for row in lines))
     drawn: dict[str, Figure | None] = {}
@@ -24,6 +24,7 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
         for bits in dict.fromkeys(row.bits for row in ours):
             drawn[f"blocks/{model}/{bits}"] = blocks.draw([row for row in ours if row.bits == bits])
     drawn |= inputs.figures(lines)
+    drawn |= learning.figures(lines)
     drawn |= surfaces.figures(lines)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 

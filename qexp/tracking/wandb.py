@@ -7,7 +7,8 @@ means offline, and an offline run is complete (``wandb sync`` uploads it later, 
 
 Conventions: ``group`` is the sweep, ``job_type`` is ptq, tags and top-level config keys are the choices made on the
 command line (what one filters and groups by), ``cfg`` is the resolved config, the summary holds the record's metrics
-under their own flat keys, and ``block/*`` is a history over the blocks of the model.
+under their own flat keys, ``block/*`` is a history over the blocks of the model and ``learn/*`` one over the steps of
+what was learned.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 from qexp.core.errors import UserError, choose
+from qexp.tracking import history
 
 if TYPE_CHECKING:
     import wandb
@@ -34,7 +36,6 @@ Figures: TypeAlias = "Callable[[], Mapping[str, Figure]]"
 log = logging.getLogger(__name__)
 
 TAGS = ("method", "bits", "model")
-LAYER_COLUMNS = ("block", "layer", "bits", "error", "sqnr_db")
 
 
 class Tracker(Protocol):
@@ -184,35 +185,20 @@ def _identity(record: Record, choices: Mapping[str, str], group: str | None) -> 
 
 
 def _fill(run: wandb.Run, record: Record, figures: Figures) -> None:
-    """Write summary, block history, layer table and figures, the most important first."""
+    """Write summary, histories, tables and figures, the most important first."""
     import wandb
 
     costs = {f"cost/{key}": value for key, value in record.get("cost", {}).items()}
     run.summary.update({**record.get("metrics", {}), **costs, "status": record["status"]})
-    blocks = record.get("blocks", [])
     run.define_metric("block/*", step_metric="block/index")
-    for block in blocks:
-        run.log(_block_row(block))
-    if blocks:
-        run.log({"layers": wandb.Table(columns=list(LAYER_COLUMNS), data=_layer_rows(blocks))})
+    run.define_metric("learn/*", step_metric="learn/step")
+    for row in (*history.block_rows(record), *history.loss_rows(record)):
+        run.log(row)
+    for name, (columns, rows) in history.tables(record).items():
+        run.log({name: wandb.Table(columns=columns, data=rows)})
     images = {f"figure/{name}": _image(figure) for name, figure in figures().items()}
     if images:
         run.log(images)
-
-
-def _block_row(block: Record) -> dict[str, float]:
-    """One point of the ``block/*`` curves: seconds, and the means of its layers' numbers."""
-    row = {"block/index": block["index"], "block/seconds": block["seconds"]}
-    for key in ("bits", "error", "sqnr_db"):
-        values = [layer[key] for layer in block["layers"] if layer.get(key) is not None]
-        if values:
-            row[f"block/{key}"] = sum(values) / len(values)
-    return row
-
-
-def _layer_rows(blocks: list[Record]) -> list[list[Any]]:
-    keys = ("name", *LAYER_COLUMNS[2:])
-    return [[block["index"], *(layer.get(key) for key in keys)] for block in blocks for layer in block["layers"]]
 
 
 def _image(figure: Figure) -> wandb.Image:

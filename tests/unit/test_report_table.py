@@ -134,10 +134,10 @@ def test_the_page_is_complete_escaped_and_small(page: str) -> None:
 
 
 def test_the_page_has_every_section_and_every_run(page: str) -> None:
-    for heading in ("Comparison", "Quality over size", "Error per block", "Activations before and after", "Runs"):
+    for heading in ("Comparison", "Quality over size", "Error per block", "Losses of what was learned", "Runs"):
         assert f">{heading}</h2>" in page
     assert page.count("<details") == len(examples.study())
-    assert page.count("<figure") == 1 + 3 + 1 + 1
+    assert page.count("<figure") == 1 + 3 + 1 + 2 + 1
 
 
 def test_a_page_of_failures_alone_can_be_made() -> None:

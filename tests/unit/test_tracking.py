@@ -167,6 +167,25 @@ def test_blocks_and_figures_become_curves_a_table_and_images(tmp_path: Path) -> 
     assert next((media / "images").rglob("*.png")).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_losses_become_curves_over_steps_and_inputs_a_table(tmp_path: Path) -> None:
+    loud, quiet = {"kurtosis": 9.0, "peak": 30.0, "sqnr_db": 11.0}, {"kurtosis": 3.0, "peak": 2.0, "sqnr_db": None}
+    blocks = [{**block, "losses": {"kronecker": [0.3, 0.2 - i / 10]}} for i, block in enumerate(RECORD["blocks"])]
+    about = {
+        "inputs": [{"layer": "layers.0.q_proj", "before": loud, "after": quiet}],
+        "losses": {"learned_rotation": [4.0, 3.5, 3.25]},
+    }
+    where = OFFLINE.publish({**RECORD, "blocks": blocks, "diagnostics": about}, CHOICES, None, tmp_path, no_figures)
+    assert where is not None
+    steps = [row for row in read_back(Path(where))["history"] if "learn/step" in row]
+    assert [row["learn/step"] for row in steps] == [1, 2, 3]
+    assert [row["learn/learned_rotation/model"] for row in steps] == [4.0, 3.5, 3.25]
+    assert [row.get("learn/kronecker/block_1") for row in steps] == [0.3, 0.1, None]
+    table = json.loads(next((Path(where) / "files" / "media" / "table").glob("inputs*.json")).read_text())
+    names = [f"{key}_{when}" for key in ("kurtosis", "peak", "sqnr_db") for when in ("before", "after")]
+    assert table["columns"] == ["layer", *names]
+    assert table["data"] == [["layers.0.q_proj", 9.0, 3.0, 30.0, 2.0, 11.0, None]]
+
+
 def test_a_failed_run_is_marked_failed_and_the_next_one_is_its_own(tmp_path: Path) -> None:
     failed = {**RECORD, "name": "broken", "status": "failed", "metrics": {}, "blocks": []}
     first = OFFLINE.publish(failed, CHOICES, "sweep-1", tmp_path, no_figures)
