@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from qexp.core.losses import Curves, curves
 from qexp.report.rows import Row
 from qexp.report.style import INK, PALETTE, literal, new_figure, plain_axes
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 LIMIT = 4  # figures; W&B has the curves of every run
 WINDOW = 0.12  # of the steps: what a thick line is the mean of; batches differ more than steps help
 
-Curves = Mapping[str, Sequence[float]]
-
 
 def figures(lines: Sequence[Row]) -> dict[str, Figure]:
     """Return one figure for each learned member of each row, by name ``losses/<model>/<row>/<member>``."""
@@ -24,17 +23,6 @@ def figures(lines: Sequence[Row]) -> dict[str, Figure]:
         (f"losses/{row.model}/{row.label}/{name}", each) for row in lines for name, each in curves(row.runs[0]).items()
     ]
     return {name: draw(each) for name, each in found[:LIMIT]}
-
-
-def curves(run: Mapping[str, Any]) -> dict[str, Curves]:
-    """Return the losses of a record by member and by place: ``model``, or ``block 3``."""
-    whole = run.get("diagnostics", {}).get("losses", {})
-    found: dict[str, dict[str, Sequence[float]]] = {name: {"model": each} for name, each in whole.items() if each}
-    for block in run.get("blocks", []):
-        for name, each in block.get("losses", {}).items():
-            if each:
-                found.setdefault(name, {})[f"block {block['index']}"] = each
-    return dict(found)
 
 
 def draw(each: Curves) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from qexp.report.learning import curves
+from qexp.core.losses import curves
 
 Record: TypeAlias = Mapping[str, Any]
 Table: TypeAlias = "tuple[list[str | int], list[list[Any]]]"
