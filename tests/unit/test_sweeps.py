@@ -22,6 +22,7 @@ SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 JOBS = {
     "acceptance_a": 24,
+    "acceptance_c": 42,
     "baseline_comparison": 24,
     "calibration_size": 14,
     "demo": 8,
@@ -50,7 +51,7 @@ def jobs(name: str) -> list[list[str]]:
 def test_the_saved_sweeps_are_those_we_know() -> None:
     assert sorted(JOBS) == NAMES
     assert qexp_compose.options("sweeps") == NAMES
-    assert qexp_compose.groups("sweeps") == ["sweeps/stress"]
+    assert qexp_compose.groups("sweeps") == ["sweeps/case", "sweeps/stress"]
 
 
 @pytest.mark.parametrize("name", NAMES)
