@@ -2,12 +2,13 @@
 
 The model's weights stay as they are: each block runs with the weights that candidate inserts would give it, computed on
 the way and differentiable. Through the model, one block at a time has a graph: a first pass keeps only what enters each
-block, then the blocks are walked backwards, each computed once more (methods/spinquant.md section 7).
+block, on disk, then the blocks are walked backwards, each computed once more (methods/spinquant.md section 7).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from qexp.core.learned import NO_CLIPS, Clipped, Clips, Learned
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
 from qexp.core.rng import generator
+from qexp.core.spill import Spill
 from qexp.core.stages import Grid, Method
 from qexp.core.words import Insert, Site
 from qexp.engine.candidate import Candidate, Inserts, quantizers
@@ -78,10 +80,10 @@ class BlockObjective:
 class ModelObjective:
     """Mean cross-entropy of the next token on calibration sequences, with the recipe's quantizers on."""
 
-    def __init__(self, view: ModelView, method: Method, sites: Sequence[Site], tokens: Tensor, seed: int) -> None:
-        self.view, self.method, self.tokens = view, method, tokens
-        self.candidate, self.grids = Candidate(view, sites), plan_of(view, method, seed).grids
-        stream, self.kwargs = embed(view, tokens)
+    def __init__(self, plan: Plan, sites: Sequence[Site], tokens: Tensor, folder: Path | None = None) -> None:
+        self.view, self.method, self.tokens, self.folder = plan.view, plan.method, tokens, folder
+        self.candidate, self.grids = Candidate(plan.view, sites), plan.grids
+        stream, self.kwargs = embed(plan.view, tokens)
         self.embedded = torch.cat(stream)
 
     def __len__(self) -> int:
@@ -90,7 +92,7 @@ class ModelObjective:
 
     def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS) -> float:
         """Return the loss of the chosen sequences under inserts and clips; gradients go to their tensors."""
-        device, which, entering = self.view.model.device, list(chosen), list[Tensor]()
+        device, which = self.view.model.device, list(chosen)
         start, ids = narrow_to_wide(self.embedded[which].to(device)), self.tokens[which].to(device)
         blocks, turn = range(len(self.view.blocks)), inserts[RESIDUAL].map if RESIDUAL in inserts else None
         grids = clipped(self.grids, clips) if round_weights else {}
@@ -98,11 +100,11 @@ class ModelObjective:
         def answer(block: int, x: Tensor) -> Tensor:
             return self.candidate.block(inserts, block, x, self.kwargs[block], grids)
 
-        with quantizers(self.view, self.method, blocks, clips.acts):
+        with quantizers(self.view, self.method, blocks, clips.acts), closing(Spill(self.folder)) as entering:
             with torch.no_grad():
                 x = start if turn is None else turn.apply(start)
                 for block in blocks:
-                    entering.append(x)
+                    entering.push(x)
                     x = answer(block, x)
             loss, gradient = self._head(turn, x, ids)
             for block in reversed(blocks):
@@ -155,7 +157,7 @@ def learned_once(view: ModelView, method: Method, name: str, transform: Any, see
     def make() -> Finished:
         if learning.tokens is None:
             raise UserError(f"{learning.store.folder} lacks learned-{name}", "a complete run")
-        objective = ModelObjective(view, method, sites, learning.tokens, seed)
+        objective = ModelObjective(plan_of(view, method, seed), sites, learning.tokens, learning.store.folder)
         around = {site.name: SiteSurroundings(view, site, None, None) for site in sites}
         track = partial(learning.progress, f"learn {name}")
         learned = transform.learn(sites, around, objective, generator(seed, name), track)

@@ -20,6 +20,7 @@ from qexp.engine.candidate import Candidate, quantizers
 from qexp.engine.capture import observe
 from qexp.engine.checks import check_method, check_model
 from qexp.engine.learning import ModelObjective
+from qexp.engine.solving import plan_of
 from qexp.engine.surroundings import SiteSurroundings
 from qexp.models.view import ModelView
 
@@ -62,7 +63,7 @@ def test_it_is_what_rewrite_makes(family: str, before: str) -> None:
 def test_the_objective_caps_logits_where_the_model_does() -> None:
     view, ids = view_of("gemma2"), tokens(2)
     learner = transform_named("learned_rotation", residual=False)
-    objective = ModelObjective(view, recipe(), learner.sites(view), ids, 0)
+    objective = ModelObjective(plan_of(view, recipe(), 0), learner.sites(view), ids)
     starts = {site.name: learner.edit(site, SiteSurroundings(view, site, None, None), generator(0)) for site in
               learner.sites(view)}  # fmt: skip
     for insert in starts.values():

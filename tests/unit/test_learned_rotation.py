@@ -21,6 +21,7 @@ from qexp.core.stages import Method
 from qexp.core.words import Insert
 from qexp.engine.candidate import quantizers
 from qexp.engine.learning import Learning, ModelObjective
+from qexp.engine.solving import plan_of
 from qexp.engine.store import Store
 from qexp.engine.transforming import transform_model
 from qexp.models.view import ModelView
@@ -61,7 +62,7 @@ def loss_of(view: ModelView, ids: Tensor) -> float:
 
 
 def objective(view: ModelView, made: Method) -> ModelObjective:
-    return ModelObjective(view, made, made.transform["learned_rotation"].sites(view), IDS, 0)
+    return ModelObjective(plan_of(view, made, 0), made.transform["learned_rotation"].sites(view), IDS)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
