@@ -23,7 +23,7 @@ class Spill:
     def push(self, x: Tensor) -> None:
         """Put ``x`` away; its values now are what :meth:`pop` returns."""
         self._about.append((x.shape, x.dtype, x.device))
-        self._file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self._file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def pop(self) -> Tensor:
         """Return what was put away last, where it was, bit for bit. Raises: IndexError if nothing is left."""
