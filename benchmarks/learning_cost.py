@@ -55,18 +55,20 @@ def learn(blocks: int, sizes: argparse.Namespace) -> dict[str, float]:
     numbers = sum((s.head_size or s.size) ** 2 for s in rotation.sites(view))
     done: list[float] = []
 
+    before, meter = [], Meter()
+
     def watch(_: str, items: Any) -> Any:
+        before.append(resident_bytes())
         for item in items:
             done.append(time.perf_counter())
             yield item
         done.append(time.perf_counter())
 
-    before, meter = resident_bytes(), Meter()
     with tempfile.TemporaryDirectory() as folder, meter.running(), meter.phase("learn"):
         transform_model(view, method, 0, Learning(tokens, Store(Path(folder), []), watch))
     seconds = sorted(b - a for a, b in pairwise(done))
     return {
-        "weights": weights, "rotations": numbers * 8 * 2, "before": before, "peak": meter.peak["learn"],
+        "weights": weights, "rotations": numbers * 8 * 2, "before": before[0], "peak": meter.peak["learn"],
         "seconds": seconds[len(seconds) // 2],
     }  # fmt: skip
 
