@@ -132,8 +132,8 @@ def asymmetric_grid(rows: Tensor, bits: int, clip: float | Tensor, with_zero: bo
 
 
 def _kept(scale: Tensor, half: bool) -> Tensor:
-    """Return the scale as it is kept, in its own dtype."""
-    return scale.half().to(scale.dtype) if half else scale
+    """Return the scale as it is kept, in its own dtype; a gradient does not go through float16, where it would vanish."""
+    return scale + (scale.half().to(scale.dtype) - scale).detach() if half else scale
 
 
 def _range(rows: Tensor) -> tuple[Tensor, Tensor]:

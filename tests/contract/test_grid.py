@@ -17,6 +17,12 @@ every_grid = pytest.mark.parametrize("name", names("grid"))
 every_group = pytest.mark.parametrize("group", [-1, 16])
 
 
+def made(name: str, group: int = 32, w: int = 4) -> Grid:
+    """Return the grid of a YAML at this group, also where the YAML fixes one."""
+    built: Grid = member("grid", name, w=w, group=group)
+    return built
+
+
 def weight(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(24, 64, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -39,7 +45,7 @@ def test_it_is_a_grid_and_well_kept(name):
 
 @every_grid
 def test_bits_and_group_come_from_the_bits_of_the_run(name):
-    grid = member("grid", name, w=3, g=16)
+    grid = made(name, 16, w=3)
     assert (grid.bits, grid.group) == (3, 16)
     assert grid.for_layer(LAYER, 2).bits == 2
 
@@ -48,7 +54,7 @@ def test_bits_and_group_come_from_the_bits_of_the_run(name):
 @every_group
 @pytest.mark.parametrize("bits", [2, 4])
 def test_encode_is_nearest_where_brute_force_can_tell(name, group, bits):
-    grid, W_OJ = member("grid", name, w=bits, g=group), weight()
+    grid, W_OJ = made(name, group, w=bits), weight()
     if grid.dim != 1:
         pytest.skip("brute force walks the codes of scalar grids")
     params = grid.fit(W_OJ, hessian())
@@ -61,7 +67,7 @@ def test_encode_is_nearest_where_brute_force_can_tell(name, group, bits):
 @every_grid
 @every_group
 def test_codes_survive_decoding(name, group):
-    grid = member("grid", name, g=group)
+    grid = made(name, group)
     params = grid.fit(weight(), hessian())
     codes = grid.encode(weight(seed=1), params)
     assert codes.dtype == torch.uint8 and codes.shape == (24, 64 // grid.dim) and len(codes.unique()) > 8
@@ -71,7 +77,7 @@ def test_codes_survive_decoding(name, group):
 @every_grid
 @every_group
 def test_columns_slice_parameters_on_dimension_one(name, group):
-    grid, W_OJ = member("grid", name, g=group), weight()
+    grid, W_OJ = made(name, group), weight()
     params = grid.fit(W_OJ, hessian())
     codes, decoded = grid.encode(W_OJ, params), grid.decode(grid.encode(W_OJ, params), params)
     groups = 1 if group == -1 else 64 // group
@@ -87,7 +93,7 @@ def test_columns_slice_parameters_on_dimension_one(name, group):
 @every_grid
 @every_group
 def test_rows_are_independent_and_the_weight_stays(name, group):
-    grid, W_OJ = member("grid", name, g=group), weight()
+    grid, W_OJ = made(name, group), weight()
     params, half = grid.fit(W_OJ, hessian()), grid.fit(W_OJ[:9], hessian())
     assert torch.equal(W_OJ, weight())
     assert all(torch.equal(params[key][:9], half[key]) for key in params)
@@ -96,7 +102,7 @@ def test_rows_are_independent_and_the_weight_stays(name, group):
 @every_grid
 @every_group
 def test_cost_is_the_bytes_that_are_stored(name, group):
-    grid, W_OJ = member("grid", name, w=3, g=group), weight()
+    grid, W_OJ = made(name, group, w=3), weight()
     params = grid.fit(W_OJ, hessian())
     stored = pack_codes(grid.encode(W_OJ, params).flatten(), 3).numel() * 8
     for p in params.values():  # integers are packed at the width of a code; a scale survives its storage
@@ -110,7 +116,7 @@ def test_cost_is_the_bytes_that_are_stored(name, group):
 
 @every_grid
 def test_float64_weights_give_float64_answers_as_good(name):
-    grid, W_OJ = member("grid", name), weight(torch.float64)
+    grid, W_OJ = made(name), weight(torch.float64)
     params = grid.fit(W_OJ, hessian())
     decoded = grid.decode(grid.encode(W_OJ, params), params)
     assert decoded.dtype == torch.float64
@@ -122,7 +128,7 @@ def test_float64_weights_give_float64_answers_as_good(name):
 def test_more_bits_are_closer(name):
     errors = []
     for bits in (2, 3, 4, 6, 8):
-        grid = member("grid", name, w=bits)
+        grid = made(name, 32, w=bits)
         params = grid.fit(weight(), hessian())
         errors.append(float((grid.decode(grid.encode(weight(), params), params) - weight()).norm()))
     least = 0.1 if getattr(grid, "clip", 1.0) == 1.0 else 0.5  # what a clip cuts off stays cut off
@@ -131,7 +137,7 @@ def test_more_bits_are_closer(name):
 
 @every_grid
 def test_rows_of_zeros_are_fine_and_nan_is_told(name):
-    grid, W_OJ = member("grid", name), weight()
+    grid, W_OJ = made(name), weight()
     W_OJ[5] = 0
     params = grid.fit(W_OJ, hessian())
     assert all(p.isfinite().all() for p in params.values())
@@ -143,7 +149,7 @@ def test_rows_of_zeros_are_fine_and_nan_is_told(name):
 
 @every_grid
 def test_check_refuses_a_group_that_does_not_divide(name):
-    member("grid", name, g=16).check(LAYER)
+    made(name, 16).check(LAYER)
     member("grid", name, w=FULL_BITS).check(LAYER)
     with pytest.raises(UserError, match=r"48 does not divide in_features=64.*set bits\.group="):
-        member("grid", name, g=48).check(LAYER)
+        made(name, 48).check(LAYER)

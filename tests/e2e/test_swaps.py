@@ -84,7 +84,7 @@ def test_it_composes_and_runs(swap: tuple[str, ...], tmp_path: Path) -> None:
     method: Method = build(compose.composed(overrides(*swap))["method"])
     assert type(method.solver).__name__.lower() == solver and type(method.act).__module__.endswith(f".{act}")
     assert method.kv.bits == (FULL_BITS if kv == "none" else 4)
-    assert method.grid.group == 8 if grid == "groups" else method.grid.group < 1
+    assert method.grid.group == (8 if grid == "groups" else -1)
     view = quantized(method, tmp_path)
     answer = logits(view.model, IDS)
     assert answer.isfinite().all()

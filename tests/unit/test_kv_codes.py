@@ -179,3 +179,16 @@ def test_nothing_is_no_trouble() -> None:
     made = quantize_codes(torch.zeros(0, 5, 64), 2, group=32)
     assert made.packed.shape == (0, 5, 16) and made.scale.shape == (0, 5, 2)
     assert dequantize_codes(made, 2, group=32).shape == (0, 5, 64)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_parameters_in_float16_take_no_gradient_away(symmetric: bool) -> None:
+    """A mean over many tokens has gradients that float16 cannot hold."""
+    grads = []
+    for weight in (1.0, 1e-9):
+        x = draw(64, 32).requires_grad_()
+        target = fake_quantize_groups(x, 4, 32, symmetric, 1.0, half=True)
+        (weight * (target * draw(64, 32, seed=1)).sum()).backward()
+        assert x.grad is not None
+        grads.append(x.grad / weight)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-5)
