@@ -40,9 +40,10 @@ def learn(blocks: int, sizes: argparse.Namespace) -> dict[str, float]:
     from qexp.models.view import ModelView
 
     keep_freed_memory()
-    steps = f"method.transform.learned_rotation.steps={sizes.steps}"
+    key = "method.transform.learned_rotation"
+    settings = [f"{key}.steps={sizes.steps}", f"{key}.batch={sizes.batch}"]
     with compose.hydra():
-        choice = compose.composed(["method=spinquant", "bits=w4a4kv4", steps])
+        choice = compose.composed(["method=spinquant", "bits=w4a4kv4", *settings])
     method = build(choice["method"])
     config = LlamaConfig(
         vocab_size=4096, hidden_size=sizes.hidden, intermediate_size=sizes.inner, num_hidden_layers=blocks,

@@ -62,7 +62,7 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     baseline = setup.eval.baseline(view.model, tokenizer, sets, work.cache / "baseline", work.progress)
 
     surfaces, began = Surfaces(view, setup.method, tokens), time.perf_counter()
-    learned = transform_model(view, setup.method, setup.seed, Learning(tokens, work.store, work.progress))
+    losses = transform_model(view, setup.method, setup.seed, Learning(tokens, work.store, work.progress))
     blocks = quantize_blocks(view, tokens, setup.method, work)
     activate(view, range(len(view.blocks)), setup.method)
     quantized = time.perf_counter()
@@ -76,6 +76,6 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
         "metrics": metrics,
         "window_losses": results.window_losses,
         "blocks": blocks,
-        "diagnostics": {"activations": surfaces.activations(), "inputs": surfaces.inputs(), "losses": learned},
+        "diagnostics": {"activations": surfaces.activations(), "inputs": surfaces.inputs(), "losses": losses},
         "cost": seconds,
     }

@@ -27,7 +27,7 @@ class InputPath:
         self.readers = readers
         self.maps: list[LinearMap] = []
         self.act: Callable[[Tensor], Tensor] | None = None
-        self.ranges: Params = {}  # what a calibrated act quantizer keeps of this input
+        self.ranges: Params = {}  # what an act quantizer keeps of this input: calibrated, or a learned clip
         self.kept = 0  # last columns that are not quantized
         self.observer: Callable[[Tensor], None] | None = None
         self._forget()

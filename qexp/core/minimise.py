@@ -1,4 +1,7 @@
-"""The only optimiser loop: AdamW on groups of tensors, one rate each, falling along a cosine."""
+"""The optimiser loop of free tensors: AdamW on groups, one rate each, falling along a cosine.
+
+Orthogonal matrices move on their own manifold (core/stiefel.py) and take their batches the same way.
+"""
 
 from __future__ import annotations
 
@@ -41,3 +44,8 @@ def minimise(
         losses.append(found)
         schedule.step()
     return losses
+
+
+def in_turn(step: int, batch: int, count: int) -> list[int]:
+    """Return which of ``count`` sequences a step takes: the next ``batch`` of them, from the first again at the end."""
+    return [(step * batch + i) % count for i in range(min(batch, count))]

@@ -1,10 +1,10 @@
 """Screen 2: the walk over the decoder blocks.
 
 One stream of hidden states enters each block: behind the blocks that are quantized already, or as the float model
-computes it (``method.inputs=float``). A block is quantized in one order for every method: statistics, block-scope
-transforms, then layer group by layer group in forward order (each group sees the groups before it quantized). A
-finished block goes to disk and is never computed again; a resumed run installs it and replays the forwards, so that it
-ends with the same bits.
+computes it (``method.inputs=float``). A block is quantized in one order for every method: block-scope transforms, then
+layer group by layer group in forward order (with ``method.inputs=quantized`` each sees the groups before it quantized).
+A finished block goes to disk and is never computed again; a resumed run installs it and replays the forwards, so that
+it ends with the same bits.
 """
 
 from __future__ import annotations

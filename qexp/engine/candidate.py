@@ -28,7 +28,10 @@ Inserts = Mapping[str, Insert]
 
 
 class Candidate:
-    """Blocks run with the weights and online maps that candidate inserts would give them; nothing is changed."""
+    """Blocks run with the weights and online maps that candidate inserts would give them; nothing is changed.
+
+    Folded maps are those that linears write; shifts are not among what can be tried yet.
+    """
 
     def __init__(self, view: ModelView, sites: Sequence[Site]) -> None:
         self.view, self.sites = view, {site.name: site for site in sites}

@@ -65,8 +65,11 @@ def _check_kept_last(method: Method) -> None:
 
 def check_model(view: ModelView, method: Method) -> None:
     """Raise UserError for what is wrong with a recipe on this model, before anything is computed with it."""
+    from qexp.engine.learning import loaded
     from qexp.engine.solving import plan_of
 
+    for name, transform in method.transform.items():
+        loaded(view, name, transform)
     grids = plan_of(view, method, 0).grids
     sites = [(transform, site) for transform in method.transform.values() for site in transform.sites(view)]
     kept = {reader: t.kept(site.size) for t, site in sites if isinstance(t, Keeping) for reader in site.readers}

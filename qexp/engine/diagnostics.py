@@ -45,8 +45,8 @@ class Surfaces:
         paths = {group.site: self.view.linear(group.layers[0].name).path for group in self.groups}
 
         def observer(group: Group) -> Any:
-            quantizer = search_quantizer(act_of(self.method, group))
-            kept = paths[group.site].kept
+            path = paths[group.site]
+            quantizer, kept = search_quantizer(act_of(self.method, group), path.ranges.get("clip")), path.kept
 
             def look(x: Tensor) -> None:
                 rows = x.flatten(0, -2)[1:].float()

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear
 
 from qexp.core.errors import UserError
@@ -68,7 +69,7 @@ class BlockObjective:
     def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS) -> float:
         """Return the error on the chosen sequences under inserts and clips; gradients go to their tensors."""
         view, which = self.plan.view, list(chosen)
-        x, target = (narrow_to_wide(t[which].to(view.model.device)) for t in (self.inputs, self.targets))
+        x, target = (half_to_float(t[which].to(view.model.device)) for t in (self.inputs, self.targets))
         grids = clipped(self.plan.grids, clips) if round_weights else {}
         with quantizers(view, self.plan.method, [self.index], clips.acts), torch.enable_grad():
             answer = self.candidate.block(inserts, self.index, x, self.kwargs, grids)
@@ -93,7 +94,7 @@ class ModelObjective:
     def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS) -> float:
         """Return the loss of the chosen sequences under inserts and clips; gradients go to their tensors."""
         device, which = self.view.model.device, list(chosen)
-        start, ids = narrow_to_wide(self.embedded[which].to(device)), self.tokens[which].to(device)
+        start, ids = half_to_float(self.embedded[which].to(device)), self.tokens[which].to(device)
         blocks, turn = range(len(self.view.blocks)), inserts[RESIDUAL].map if RESIDUAL in inserts else None
         grids = clipped(self.grids, clips) if round_weights else {}
 
@@ -131,7 +132,8 @@ class ModelObjective:
             with torch.enable_grad():
                 W = head.weight if turn is None else turn.dual(head.weight)
                 bias = None if head.bias is None else head.bias.to(leaf.dtype)
-                logits = linear(norm(leaf)[0, :-1].to(leaf.dtype), W.to(leaf.dtype), bias)
+                normed = functional_call(norm, {n: p.to(leaf.dtype) for n, p in norm.named_parameters()}, (leaf,))
+                logits = linear(normed[0, :-1].to(leaf.dtype), W.to(leaf.dtype), bias)
                 loss = cross_entropy(self._capped(wide(logits)), sequence[1:]) / len(ids)
                 loss.backward()
             total += float(loss.detach())
@@ -145,7 +147,7 @@ def clipped(grids: Grids, clips: Clips) -> Grids:
     return {name: cast("Grid", Clipped(g, ratios[name])) if name in ratios else g for name, g in grids.items()}
 
 
-def narrow_to_wide(x: Tensor) -> Tensor:
+def half_to_float(x: Tensor) -> Tensor:
     """Return float16 as float32: gradients of means over many elements are too small for it."""
     return x.float() if x.dtype == torch.float16 else x
 
@@ -161,21 +163,31 @@ def learned_once(view: ModelView, method: Method, name: str, transform: Any, see
         around = {site.name: SiteSurroundings(view, site, None, None) for site in sites}
         track = partial(learning.progress, f"learn {name}")
         learned = transform.learn(sites, around, objective, generator(seed, name), track)
+        assert not any(learned.clips), "clips are kept with a block; a transform of model scope has none"
         kinds = {site: insert.kind for site, insert in learned.inserts.items()}
         maps = {site: insert.map for site, insert in learned.inserts.items()}
         return pack_maps(maps, {"kinds": kinds, "losses": learned.losses})
 
-    load = getattr(transform, "load", "")
     # A file that is taken is kept in the run's folder, too: the run is whole without it.
-    finished = learning.store.once(f"learned-{name}", (lambda: read(Path(load))) if load else make)
+    finished = learning.store.once(f"learned-{name}", lambda: loaded(view, name, transform) or make())
+    maps, kinds = unpack_maps(finished), finished.facts["kinds"]
+    return Learned({site: Insert(kinds[site], map) for site, map in maps.items()}, finished.facts["losses"])
+
+
+def loaded(view: ModelView, name: str, transform: Any) -> Finished | None:
+    """Return the file that ``load`` names, None where nothing is named.
+
+    Raises: UserError if it is missing, corrupt, or was learned on a model with other sites.
+    """
+    load = getattr(transform, "load", "")
+    if not load:
+        return None
+    finished, sites = read(Path(load)), transform.sites(view)
     kinds, maps = finished.facts.get("kinds", {}), unpack_maps(finished)
     if kinds.keys() != {site.name for site in sites} or any(maps[s.name].size != s.size for s in sites):
-        raise UserError(
-            f"{load or 'the stored file'} holds maps of other sites than this model has",
-            "a file learned on this model",
-            f"method.transform.{name}.load=''",
-        )
-    return Learned({site: Insert(kinds[site], map) for site, map in maps.items()}, finished.facts["losses"])
+        got = f"{load} holds maps of other sites than this model has"
+        raise UserError(got, "a file learned on this model", f"method.transform.{name}.load=''")
+    return finished
 
 
 def _gradient(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Asymmetric: s = clip (max - min) / (2^b - 1), z = round(-clip min / s), code = clamp(round(x / s) + z, 0, 2^b - 1).
 Symmetric: s = clip max|x| / (2^(b-1) - 1), z = 2^(b-1). Either way x^ = s (code - z): the same numbers, bit for bit, as
-``quantize.fake_quantize_groups``. With ``half`` both fit float16: s is rounded to it before any code is derived, and
-has 2^-10 max|x| as floor, so that z stays below 2^10. A group with NaN or Inf has scale NaN, zero 0 and
+``quantize.fake_quantize_groups``. With ``half`` both fit float16: s is rounded to it before any code is derived, and,
+asymmetric, has 2^-10 max|x| as floor, so that |z| is at most 2^10. A group with NaN or Inf has scale NaN, zero 0 and
 codes 0, so it comes back as NaN.
 
 Source: methods/kv_cache.md 3.2; kernels.md section 7 (packing: ``pack.pack_codes``).
@@ -26,7 +26,7 @@ BITS = (2, 4, 8)
 
 
 class Codes(NamedTuple):
-    """Packed codes uint8 [..., d bits / 8], scale and zero float32 [..., d / group]."""
+    """Packed codes uint8 [..., d bits / 8], scale and zero [..., d / group], float32 for the operators."""
 
     packed: Tensor
     scale: Tensor

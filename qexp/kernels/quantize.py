@@ -4,7 +4,7 @@ Symmetric: s = clip max|x| / (2^(b-1) - 1), x^ = s clamp(round(x / s), -2^(b-1),
 Asymmetric: s = clip (max - min) / (2^b - 1), z = round(-clip min / s),
 x^ = s (clamp(round(x / s) + z, 0, 2^b - 1) - z);
 a token's range is first widened to contain 0, a group's is not, and z is not clamped. Rounding is half to even. With
-``half``, s and z are what float16 holds: s is rounded to it first, and its floor of 2^-10 max|x| keeps z below 2^10.
+``half``, s and z are what float16 holds: s is rounded to it first, and its floor of 2^-10 max|x| keeps |z| in 2^10.
 
 This runs before every linear of an evaluation. On a CPU the compiled kernel reads each row once from memory; without it
 torch makes two reductions over x and then rounds in place, in chunks of rows that stay in cache: the same numbers, bit
@@ -132,7 +132,7 @@ def asymmetric_grid(rows: Tensor, bits: int, clip: float | Tensor, with_zero: bo
 
 
 def _kept(scale: Tensor, half: bool) -> Tensor:
-    """Return the scale as it is kept, in its own dtype; a gradient does not go through float16, where it would vanish."""
+    """Return the scale as it is kept, in its own dtype; its gradient passes beside float16, where it would vanish."""
     return scale + (scale.half().to(scale.dtype) - scale).detach() if half else scale
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,11 @@ def draw(each: Curves) -> Figure:
 
 def _curve(ax: Axes, place: str, losses: Sequence[float], colour: str) -> None:
     width = max(1, round(WINDOW * len(losses)))
-    means = [sum(losses[i : i + width]) / width for i in range(len(losses) - width + 1)]
+    means = [_mean(losses[i : i + width]) for i in range(len(losses) - width + 1)]
     ax.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=0.6, alpha=0.35)
     ax.plot([i + (width + 1) / 2 for i in range(len(means))], means, color=colour, linewidth=1.6, label=place)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -33,7 +34,9 @@ def loss_rows(record: Record) -> Iterator[dict[str, float]]:
         for place, losses in each.items()
     }
     for step in range(max(map(len, flat.values()), default=0)):
-        yield {"learn/step": step + 1} | {key: losses[step] for key, losses in flat.items() if step < len(losses)}
+        yield {"learn/step": step + 1} | {
+            key: losses[step] for key, losses in flat.items() if step < len(losses) and math.isfinite(losses[step])
+        }
 
 
 def tables(record: Record) -> dict[str, Table]:

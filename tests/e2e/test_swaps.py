@@ -1,6 +1,7 @@
-"""Every transform of issue C with every solver, grid, activation and KV quantizer: composed by overrides, run on a toy.
+"""Every transform of issue C with two solvers, three grids, two activation and two KV quantizers, run on a toy.
 
-The combinations are generated and counted; what a run must leave is told of each. Learned transforms learn for a step.
+All are composed by overrides, generated and counted; learned transforms learn for a step. Single swaps of every member
+of every kind are in tests/unit/test_config.py.
 """
 
 from __future__ import annotations

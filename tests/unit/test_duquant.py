@@ -73,6 +73,12 @@ def test_unknown_choices_are_refused(keys, key):
         transform_named("duquant", **keys)
 
 
+@pytest.mark.parametrize("keys", [{"block": 0}, {"steps": -1}, {"patience": -2}])
+def test_numbers_that_mean_nothing_are_refused(keys):
+    with pytest.raises(UserError, match=r"duquant\.block="):
+        transform_named("duquant", **keys)
+
+
 @pytest.fixture
 def golden():
     return load_file(GOLDEN)

@@ -20,6 +20,7 @@ from qexp.core.maps import LinearMap, Orthogonal
 from qexp.core.stages import Method
 from qexp.core.words import Insert
 from qexp.engine.candidate import quantizers
+from qexp.engine.checks import check_model
 from qexp.engine.learning import Learning, ModelObjective
 from qexp.engine.solving import plan_of
 from qexp.engine.store import Store
@@ -147,3 +148,12 @@ class TestLearning:
 def test_post_norms_leave_the_residual_stream_alone() -> None:
     learner = transform_named("learned_rotation")
     assert {site.kind for site in learner.sites(view_of("gemma3"))} == {"value"}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors"])
+def test_a_missing_or_corrupt_file_is_told_before_the_run(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "learned.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"does not exist" if content is None else r"is corrupt"):
+        check_model(view_of("llama"), method(4, load=str(file)))

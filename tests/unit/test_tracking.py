@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from qexp.core.errors import UserError
+from qexp.core.losses import curves
+from qexp.report import learning
 from qexp.tracking.progress import StderrHandler, track
 from qexp.tracking.wandb import NoTracking, Wandb, resolve_mode
 
@@ -309,3 +311,12 @@ def test_progress_on_a_terminal_nests_and_leaves_log_lines_whole(
     assert "blocks [0/1]" in shown.err  # a description is text, not markup
     assert "block 1 [bold]done[/bold]\n" in shown.err.replace("\r", "")
     assert "2/2" in shown.err
+
+
+def test_a_step_without_a_loss_is_left_out_of_the_curve(tmp_path: Path) -> None:
+    about = {"losses": {"learned_rotation": [4.0, None, 3.0]}}
+    where = OFFLINE.publish({**RECORD, "diagnostics": about}, CHOICES, None, tmp_path, no_figures)
+    assert where is not None
+    steps = [row for row in read_back(Path(where))["history"] if "learn/step" in row]
+    assert [row.get("learn/learned_rotation/model") for row in steps] == [4.0, None, 3.0]
+    assert learning.draw(curves({"diagnostics": about})["learned_rotation"]).axes[0].lines

@@ -1,7 +1,7 @@
 """Quantize each token by itself, with a range taken from that token when it passes.
 
 symmetric: s = clip max|x| / (2^(b-1) - 1), codes -2^(b-1) .. 2^(b-1) - 1;
-asymmetric: s = clip (hi - lo) / (2^b - 1) on a range that contains zero, z = round(-lo / s), codes 0 .. 2^b - 1.
+asymmetric: s = clip (hi - lo) / (2^b - 1) on a range that contains zero, z = round(-clip lo / s), codes 0 .. 2^b - 1.
 
 Source: arXiv:2404.00456 section 4 (methods/quarot.md 3.7); methods/rtn.md section 3.
 """

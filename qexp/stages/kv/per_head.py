@@ -1,6 +1,6 @@
 """Quantize the key and the value of each head of each token by themselves, in groups along the head.
 
-asymmetric: s = clip (hi - lo) / (2^b - 1) on the true range of a group, z = round(-lo / s);
+asymmetric: s = clip (hi - lo) / (2^b - 1) on the true range of a group, z = round(-clip lo / s);
 symmetric: s = clip max|x| / (2^(b-1) - 1). s and z are float16, as a cache keeps them. Every position is quantized, the
 current one too, as QuaRot simulates it. ``pre_rope`` quantizes keys before RoPE, behind the norm of keys where there is
 one, and without the rotation R3: a simulation only, since a cache of such keys would turn all of them at every token.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qexp.core.compound_maps import Chain, PerHead
-from qexp.core.errors import choose
+from qexp.core.errors import UserError, choose
 from qexp.core.hadamard import Hadamard
 from qexp.core.maps import Dense, LinearMap, Permutation
 from qexp.core.stages import Sites, Surroundings
@@ -54,8 +54,11 @@ class DuQuant:
     scope: ClassVar[str] = "block"
 
     def __post_init__(self) -> None:
-        """Raise UserError for an unknown choice."""
+        """Raise UserError for an unknown choice, and for numbers that mean nothing."""
         check_places("duquant", self.places)
+        if self.block < 2 or self.steps < 0 or self.patience < 0:
+            got = f"duquant.block={self.block}, steps={self.steps}, patience={self.patience}"
+            raise UserError(got, "blocks of at least 2, nothing negative", "method.transform.duquant.block=128")
         for name, choices in {
             "rotation": ("greedy", "hadamard"),
             "side": ("left", "right"),
@@ -72,7 +75,7 @@ class DuQuant:
     def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert:
         """Return R1 P R2, or R1 alone without the permutation."""
         X_TI = around.stats.rows_TI.cpu().double()
-        size = next(n for n in (2**k for k in range(12, -1, -1)) if n <= self.block and site.size % n == 0)
+        size = next(n for n in (2**k for k in range(self.block.bit_length() - 1, -1, -1)) if site.size % n == 0)
         first = self._rotation(X_TI, size, rng)
         if not self.permute:
             return Insert("orthogonal", first)

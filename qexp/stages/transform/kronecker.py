@@ -6,8 +6,9 @@ the float block's answer, quantizers on, by AdamW. Nothing is asked of norms or 
 placement of norms is fine. c starts as max|W|^(1-alpha) / max|X|^alpha; P starts random orthogonal.
 
 Source: arXiv:2410.09426 section 3, code 9d88ffc, methods/flatquant.md.
-Differs: P is free and its inverse computed in float64 (the code's direct_inv), c is exp of what is learned, so that it
-stays positive; an activation clip is one ratio for both ends, and v's weight clip acts behind P_v, where v is rounded.
+Differs: P is free and its inverse computed in float64 (the code's direct_inv); c is exp of what is learned, so that it
+stays positive, and runs online; an activation clip is one ratio for both ends, KV has none, and v's weight clip acts
+behind P_v, where v is rounded; the loss is not divided by its own value, which AdamW hardly notices.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qexp.core.compound_maps import AcrossHeads, Chain, PerHead
 from qexp.core.errors import UserError
 from qexp.core.learned import NO_CLIPS, Clips, Learned, Objective
 from qexp.core.maps import Dense, Diagonal, Kronecker
-from qexp.core.minimise import Knobs, minimise
+from qexp.core.minimise import Knobs, in_turn, minimise
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.words import Insert, Site
 from qexp.stages.transform._shared import random_orthogonal, smaller_side
@@ -82,10 +83,9 @@ class KroneckerMaps:
         leaves = {site.name: self._start(site, around[site.name], rng) for site in sites}
         clips = self._clips(sites, around)
         tensors = [tensor.requires_grad_() for parts in leaves.values() for tensor in parts.values()]
-        batch = min(self.batch, len(objective))
 
         def loss(step: int) -> float:
-            chosen = [(step * batch + i) % len(objective) for i in range(batch)]
+            chosen = in_turn(step, self.batch, len(objective))
             with torch.enable_grad():
                 inserts = {site.name: _insert(site, leaves[site.name]) for site in sites}
                 return objective(inserts, chosen, True, clips.each(torch.sigmoid))

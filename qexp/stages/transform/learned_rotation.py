@@ -24,6 +24,7 @@ from qexp.core.errors import UserError, choose
 from qexp.core.hadamard import randomized_hadamard
 from qexp.core.learned import Learned, Objective
 from qexp.core.maps import LinearMap, Orthogonal
+from qexp.core.minimise import in_turn
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.stiefel import cayley_step, nearest_orthogonal
 from qexp.core.words import Insert, Site
@@ -84,7 +85,7 @@ class LearnedRotation:
         for step in track(range(self.steps)):
             leaves = {name: R.clone().requires_grad_() for name, R in turns.items()}
             inserts = {site.name: self._insert(site, leaves[site.name]) for site in sites}
-            chosen = [(step * self.batch + i) % len(objective) for i in range(min(self.batch, len(objective)))]
+            chosen = in_turn(step, self.batch, len(objective))
             losses.append(objective(inserts, chosen, self.round_weights))
             turns = self._stepped(leaves, step)
         final = {name: nearest_orthogonal(R) for name, R in turns.items()}
