@@ -30,7 +30,7 @@ from qexp.models.view import ModelView
 @torch.no_grad()
 def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -> list[BlockReport]:
     """Quantize all blocks in place with calibration ``tokens`` int64 [N, S]; return one report per block."""
-    plan = plan_of(view, method, run.seed)
+    plan = plan_of(view, method, run.seed, run.progress)
     if not has_work(method, plan.grids):
         return []  # 16 bits everywhere: nothing to walk for
     stream, kwargs = embed(view, tokens)

@@ -6,9 +6,10 @@ one factorisation and a third of the column loop. A grid with one range for the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from qexp.core.linear import QuantLinear
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method, Solver
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
+from qexp.engine.context import Progress
 from qexp.kernels.gram import add_gram
 from qexp.models.view import ModelView
 
@@ -33,9 +35,15 @@ class Plan:
     method: Method
     grids: Grids
     seed: int
+    progress: Progress
 
 
-def plan_of(view: ModelView, method: Method, seed: int) -> Plan:
+def quiet(_: str, items: Iterable[Any]) -> Iterable[Any]:
+    """Show no progress."""
+    return items
+
+
+def plan_of(view: ModelView, method: Method, seed: int, progress: Progress = quiet) -> Plan:
     """Return the plan with the grid of every layer at the bits its allocation gives; 16 bits mean no grid."""
 
     def no_sensitivity(layer: Layer, bits: int) -> float:
@@ -43,7 +51,8 @@ def plan_of(view: ModelView, method: Method, seed: int) -> Plan:
 
     bits = method.allocation.assign(view.layers, no_sensitivity)
     quantized = [layer for layer in view.layers if bits[layer.name] < FULL_BITS]
-    return Plan(view, method, {a.name: method.grid.for_layer(a, bits[a.name]) for a in quantized}, seed)
+    grids = {a.name: method.grid.for_layer(a, bits[a.name]) for a in quantized}
+    return Plan(view, method, grids, seed, progress)
 
 
 @torch.no_grad()

@@ -58,7 +58,8 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> d
         changes: dict[str, Insert | Split | None]
         if isinstance(transform, Learner):
             objective = BlockObjective(plan, block, sites, source, kwargs)
-            learned = transform.learn(sites, around, objective, generator(plan.seed, name, block), iter)
+            track = partial(plan.progress, f"learn {name}, block {block}")
+            learned = transform.learn(sites, around, objective, generator(plan.seed, name, block), track)
             losses[name], changes = learned.losses, dict(learned.inserts)
             _keep_clips(plan, sites, learned.clips)
         else:
