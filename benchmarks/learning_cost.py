@@ -2,7 +2,7 @@
 
     python benchmarks/learning_cost.py [--hidden 256 --inner 768 --batch 8 --tokens 512 --steps 3 --blocks 6 12 24]
 
-Each depth runs in two processes of its own: one is timed as a run would be; in the other malloc gives every freed tensor
+Each depth runs in two processes: one is timed as a run would be; in the other malloc gives every freed tensor
 back at once, so that the resident set is what is in use. Memory is that: the peak while learning ran above what there
 was when it began (the model), of which the rotations with their gradients are counted apart. If learning keeps one
 block's activations at a time, what is left does not grow with the blocks.
