@@ -69,7 +69,7 @@ def begin(setup: Setup) -> Run:
     parts = {
         "engine": VERSION,
         "model": model,
-        "method": _plain(setup.method) | {"versions": setup.method.versions()},
+        "method": _plain(setup.method, "method") | {"versions": setup.method.versions()},
         "micro_tokens": MICRO_TOKENS,
         "bits": dict(setup.bits),
         "calibration": setup.calibration.identity(),
@@ -188,22 +188,24 @@ def _device(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def _plain(member: Any) -> Any:
-    """Return a member (or mapping of members) as plain data with class names, for the fingerprint."""
+def _plain(member: Any, key: str) -> Any:
+    """Return a member (or mapping of members) as plain data with class names, for the fingerprint; ``key`` names it."""
     if is_dataclass(member) and not isinstance(member, type):
-        values = {f.name: _plain(getattr(member, f.name)) for f in fields(member)}
+        values = {f.name: _plain(getattr(member, f.name), f"{key}.{f.name}") for f in fields(member)}
         if values.get("load"):
-            values["load"] = _digest_of(Path(values["load"]))
+            values["load"] = _digest_of(Path(values["load"]), f"{key}.load")
         return {"class": type(member).__qualname__} | values
     if isinstance(member, Mapping):
-        return [[key, _plain(value)] for key, value in member.items()]  # a list: the order of transforms matters
+        return [
+            [name, _plain(value, f"{key}.{name}")] for name, value in member.items()
+        ]  # a list: the order of transforms matters
     return list(member) if isinstance(member, tuple | list) else member
 
 
-def _digest_of(path: Path) -> str:
+def _digest_of(path: Path, key: str) -> str:
     """Return the sha256 of a file's contents. Raises: UserError if there is none."""
     if not path.is_file():
-        raise UserError(f"load={path} does not exist", "a file that a run has left in its blocks folder", "load=''")
+        raise UserError(f"{key}={path} does not exist", "a file that a run has left in its blocks folder", f"{key}=''")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

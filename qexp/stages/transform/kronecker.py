@@ -61,7 +61,8 @@ class KroneckerMaps:
         """Raise UserError for a batch or number of steps that means nothing."""
         if self.batch < 1 or self.steps < 0:
             got = f"kronecker.batch={self.batch}, steps={self.steps}"
-            raise UserError(got, "at least one sequence and no negative steps", "method.transform.kronecker.batch=4")
+            key = "batch=4" if self.batch < 1 else "steps=480"
+            raise UserError(got, "at least one sequence and no negative steps", f"method.transform.kronecker.{key}")
 
     def sites(self, model: Sites) -> list[Site]:
         """Return every input of a linear, the values, and queries and keys."""
