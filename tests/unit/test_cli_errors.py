@@ -50,6 +50,15 @@ IN_THE_VALUES = [
     ("method.grid=5", ["method.grid=5", "Grid"]),
     ("+method.grid.symetry=x", ["method.grid.symetry", "did you mean symmetry"]),
     ("method.grid._target_=qexp.nothing.Nothing", ["qexp.nothing.Nothing", "importable"]),
+    (
+        "method=spinquant method.transform.learned_rotation.load=/no/such",
+        ["/no/such", "does not exist", "set method.transform.learned_rotation.load=''"],
+    ),
+    (
+        "method=flatquant method.transform.kronecker.steps=-3",
+        ["steps=-3", "set method.transform.kronecker.steps="],
+    ),
+    ("method=duquant method.transform.duquant.block=0", ["block=0", "set method.transform.duquant.block="]),
     ("method.inputs=flaot", ["method.inputs", "did you mean float"]),
     ("device=gpu", ["device='gpu'", "cpu"]),
     ("calibration.samples=0", ["calibration.samples=0", "at least 1"]),
