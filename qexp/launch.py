@@ -196,9 +196,8 @@ def _plain(member: Any, key: str) -> Any:
             values["load"] = _digest_of(Path(values["load"]), f"{key}.load")
         return {"class": type(member).__qualname__} | values
     if isinstance(member, Mapping):
-        return [
-            [name, _plain(value, f"{key}.{name}")] for name, value in member.items()
-        ]  # a list: the order of transforms matters
+        # A list: the order of transforms matters.
+        return [[name, _plain(value, f"{key}.{name}")] for name, value in member.items()]
     return list(member) if isinstance(member, tuple | list) else member
 
 
