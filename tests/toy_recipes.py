@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qexp.core.linear import InputPath, QuantLinear
 from qexp.core.stages import Method, Transform
+from qexp.engine.context import Run, quiet
 from qexp.engine.learning import Learning
 from qexp.engine.solving import plan_of
 from qexp.engine.store import Store
@@ -41,10 +42,18 @@ def recipe(*transforms: str, grid: str = "integer", act: str = "none", w: int = 
     )
 
 
+def a_run(folder: Path) -> Run:
+    """Return a run in ``folder`` that shows no progress."""
+    return Run(
+        folder=folder, name="toy", fingerprint="f", seed=0, device="cpu", progress=quiet, cache=folder / "cache",
+        model_identity="m",
+    )  # fmt: skip
+
+
 def transform(view: ModelView, method: Method, ids: Tensor, seed: int = 0) -> ModelView:
     """Apply a recipe's transforms to the whole model, block by block as a run does, and round nothing."""
     with TemporaryDirectory() as folder:
-        transform_model(view, method, seed, Learning(ids, Store(Path(folder), []), lambda _, steps: steps))
+        transform_model(view, method, seed, Learning(ids, Store(Path(folder), []), quiet))
     plan = plan_of(view, method, seed)
     stream, kwargs = embed(view, ids)
     for block in range(len(view.blocks)):

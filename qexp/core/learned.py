@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -110,3 +110,8 @@ class Clipped:
         down, up = self.ratios.to(W_OJ).split(1, dim=1)
         cut: Tensor = slices.clamp((low * down)[..., None], (high * up)[..., None])
         return cut.flatten(1)
+
+
+def within(grid: Grid, ratios_O2: Tensor) -> Grid:
+    """Return the grid with its ranges cut at learned ratios."""
+    return cast("Grid", Clipped(grid, ratios_O2))

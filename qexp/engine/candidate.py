@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.func import functional_call
 
-from qexp.core.learned import Clipped, Imitated
+from qexp.core.learned import NO_CLIPS, Clipped, Imitated
 from qexp.core.linear import InputPath
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
@@ -104,13 +104,13 @@ class Candidate:
 
 @contextmanager
 def quantizers(
-    view: ModelView, method: Method, blocks: Iterable[int], clips: Mapping[str, Tensor] | None = None
+    view: ModelView, method: Method, blocks: Iterable[int], clips: Mapping[str, Tensor] = NO_CLIPS.acts
 ) -> Iterator[None]:
     """Switch the recipe's activation and key/value quantizers on, and off again; ranges are those of each batch.
 
     ``clips`` of activations by site.
     """
-    which, clips = list(blocks), clips or {}
+    which = list(blocks)
     groups = [group for block in which for group in view.groups(block)]
     acts = [search_quantizer(act_of(method, group), clips.get(group.site)) for group in groups]
     paths = [(view.linear(group.layers[0].name).path, act) for group, act in zip(groups, acts, strict=True)]

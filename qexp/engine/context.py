@@ -14,6 +14,11 @@ from qexp.engine.store import Store
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 
 
+def quiet(_: str, items: Iterable[Any]) -> Iterable[Any]:
+    """Show no progress."""
+    return items
+
+
 def cache_folder() -> Path:
     """Return where what can be made again is kept: $QEXP_CACHE, else ~/.cache/qexp."""
     return Path(os.environ.get("QEXP_CACHE") or Path.home() / ".cache" / "qexp")

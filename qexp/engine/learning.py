@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear
 
 from qexp.core.errors import UserError
-from qexp.core.learned import NO_CLIPS, Clipped, Clips, Learned
+from qexp.core.learned import NO_CLIPS, Clips, Learned, within
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
 from qexp.core.rng import generator
 from qexp.core.spill import Spill
-from qexp.core.stages import Grid, Method
+from qexp.core.stages import Method
 from qexp.core.words import Insert, Site
 from qexp.engine.candidate import Candidate, Inserts, quantizers
 from qexp.engine.context import Progress
@@ -70,7 +70,7 @@ class BlockObjective:
         """Return the error on the chosen sequences under inserts and clips; gradients go to their tensors."""
         view, which = self.plan.view, list(chosen)
         x, target = (half_to_float(t[which].to(view.model.device)) for t in (self.inputs, self.targets))
-        grids = clipped(self.plan.grids, clips) if round_weights else {}
+        grids = rounding(self.plan, clips, round_weights)
         with quantizers(view, self.plan.method, [self.index], clips.acts), torch.enable_grad():
             answer = self.candidate.block(inserts, self.index, x, self.kwargs, grids)
             loss = (answer - target).float().pow(2).mean() / self.scale
@@ -82,8 +82,8 @@ class ModelObjective:
     """Mean cross-entropy of the next token on calibration sequences, with the recipe's quantizers on."""
 
     def __init__(self, plan: Plan, sites: Sequence[Site], tokens: Tensor, folder: Path | None = None) -> None:
-        self.view, self.method, self.tokens, self.folder = plan.view, plan.method, tokens, folder
-        self.candidate, self.grids = Candidate(plan.view, sites), plan.grids
+        self.plan, self.view, self.tokens, self.folder = plan, plan.view, tokens, folder
+        self.candidate = Candidate(plan.view, sites)
         stream, self.kwargs = embed(plan.view, tokens)
         self.embedded = torch.cat(stream)
 
@@ -96,12 +96,12 @@ class ModelObjective:
         device, which = self.view.model.device, list(chosen)
         start, ids = half_to_float(self.embedded[which].to(device)), self.tokens[which].to(device)
         blocks, turn = range(len(self.view.blocks)), inserts[RESIDUAL].map if RESIDUAL in inserts else None
-        grids = clipped(self.grids, clips) if round_weights else {}
+        grids = rounding(self.plan, clips, round_weights)
 
         def answer(block: int, x: Tensor) -> Tensor:
             return self.candidate.block(inserts, block, x, self.kwargs[block], grids)
 
-        with quantizers(self.view, self.method, blocks, clips.acts), closing(Spill(self.folder)) as entering:
+        with quantizers(self.view, self.plan.method, blocks, clips.acts), closing(Spill(self.folder)) as entering:
             with torch.no_grad():
                 x = start if turn is None else turn.apply(start)
                 for block in blocks:
@@ -141,10 +141,10 @@ class ModelObjective:
         return total, torch.cat(gradients)
 
 
-def clipped(grids: Grids, clips: Clips) -> Grids:
-    """Return the grids with the ranges that are learned."""
+def rounding(plan: Plan, clips: Clips, wanted: bool) -> Grids:
+    """Return the grids of the layers to round, with the ranges that are learned; none if rounding is not wanted."""
     ratios = clips.weights
-    return {name: cast("Grid", Clipped(g, ratios[name])) if name in ratios else g for name, g in grids.items()}
+    return {name: within(g, ratios[name]) if name in ratios else g for name, g in plan.grids.items() if wanted}
 
 
 def half_to_float(x: Tensor) -> Tensor:

@@ -6,20 +6,18 @@ one factorisation and a third of the column loop. A grid with one range for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from qexp.core.learned import Clipped
+from qexp.core.learned import within
 from qexp.core.linear import QuantLinear
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method, Solver
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
-from qexp.engine.context import Progress
+from qexp.engine.context import Progress, quiet
 from qexp.kernels.gram import add_gram
 from qexp.models.view import ModelView
 
@@ -36,11 +34,6 @@ class Plan:
     grids: Grids
     seed: int
     progress: Progress
-
-
-def quiet(_: str, items: Iterable[Any]) -> Iterable[Any]:
-    """Show no progress."""
-    return items
 
 
 def plan_of(view: ModelView, method: Method, seed: int, progress: Progress = quiet) -> Plan:
@@ -88,10 +81,8 @@ def _solve_stack(plan: Plan, stack: list[Layer], grid: Grid, stats: Stats | None
 
 def _ranged(grid: Grid, linears: list[QuantLinear]) -> Grid:
     """Return the grid as it is fitted to these layers: by the ranges that a transform has learned, if one has."""
-    if all(linear.clips is None for linear in linears):
-        return grid
-    ratios = [torch.ones(linear.out_features, 2) if linear.clips is None else linear.clips for linear in linears]
-    return cast("Grid", Clipped(grid, torch.cat([r.to(linears[0].weight.device) for r in ratios])))
+    ratios = [linear.clips for linear in linears if linear.clips is not None]  # of all that share an input, or of none
+    return within(grid, torch.cat(ratios)) if ratios else grid
 
 
 def _installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, stats: Stats | None) -> LayerReport:

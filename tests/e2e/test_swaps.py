@@ -15,6 +15,7 @@ import pytest
 import torch
 from stage_members import names
 from toy_models import logits, tokens, view_of
+from toy_recipes import a_run
 
 from qexp import compose
 from qexp.core.build import build
@@ -22,7 +23,6 @@ from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS
 from qexp.engine.blocks import activate, quantize_blocks
 from qexp.engine.checks import check_method, check_model
-from qexp.engine.context import Run
 from qexp.engine.learning import Learning
 from qexp.engine.transforming import transform_model
 
@@ -67,10 +67,7 @@ def quantized(method: Method, folder: Path) -> Any:
     view = view_of("llama", torch.float32)
     check_method(method, calibrated=True)
     check_model(view, method)
-    run = Run(
-        folder=folder, name="toy", fingerprint="f", seed=0, device="cpu", progress=lambda _, items: items,
-        cache=folder / "cache", model_identity="m",
-    )  # fmt: skip
+    run = a_run(folder)
     transform_model(view, method, 0, Learning(IDS, run.store, run.progress))
     quantize_blocks(view, IDS, method, run)
     activate(view, range(2), method)

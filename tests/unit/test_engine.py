@@ -13,7 +13,7 @@ import torch
 from stage_members import member
 from torch import Tensor
 from toy_models import FAMILIES, UNKNOWN, distance, logits, tokens, toy, view_of
-from toy_recipes import recipe
+from toy_recipes import a_run, recipe
 
 from qexp.core.rng import generator
 from qexp.core.stages import Method, Sensitivity
@@ -21,7 +21,6 @@ from qexp.core.words import Layer, Quantized, Stats
 from qexp.engine import streams
 from qexp.engine.blocks import activate, quantize_blocks
 from qexp.engine.capture import observe
-from qexp.engine.context import Run
 from qexp.engine.solving import plan_of, solve_group
 from qexp.engine.streams import advance, embed
 from qexp.models.view import ModelView
@@ -34,13 +33,6 @@ GPTQ = member("solver", "gptq")
 def _micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sequences a micro-batch: three of them, so that summing over batches is part of every test."""
     monkeypatch.setattr(streams, "MICRO_TOKENS", 2 * IDS.shape[1])
-
-
-def a_run(folder: Path) -> Run:
-    return Run(
-        folder=folder, name="toy", fingerprint="f", seed=0, device="cpu", progress=lambda _, items: items,
-        cache=folder / "cache", model_identity="m",
-    )  # fmt: skip
 
 
 @contextmanager

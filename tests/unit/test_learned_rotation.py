@@ -21,6 +21,7 @@ from qexp.core.stages import Method
 from qexp.core.words import Insert
 from qexp.engine.candidate import quantizers
 from qexp.engine.checks import check_model
+from qexp.engine.context import quiet
 from qexp.engine.learning import Learning, ModelObjective
 from qexp.engine.solving import plan_of
 from qexp.engine.store import Store
@@ -43,7 +44,7 @@ def folded(family: str) -> ModelView:
 
 
 def learning(folder: Path) -> Learning:
-    return Learning(IDS, Store(folder, []), lambda _, steps: steps)
+    return Learning(IDS, Store(folder, []), quiet)
 
 
 def rotations(view: ModelView, learner: LearnedRotation) -> tuple[dict[str, Tensor], dict[str, Insert]]:

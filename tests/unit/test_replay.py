@@ -10,10 +10,9 @@ import torch
 from stage_members import member
 from torch import nn
 from toy_models import logits, tokens, view_of
-from toy_recipes import recipe
+from toy_recipes import a_run, recipe
 
 from qexp.engine.blocks import quantize_blocks
-from qexp.engine.context import Run
 from qexp.models.replay import Replays
 
 
@@ -77,7 +76,7 @@ def quantized(name: str, budget: int, folder: Path, method: str) -> torch.Tensor
     )
     if method == "activations quantized":
         chosen = replace(chosen, act=member("act", "per_token", a=8), quantize_stream=True)
-    run = Run(folder, "toy", "0", 0, "cpu", lambda label, items: items, folder, "toy")
+    run = a_run(folder)
     quantize_blocks(view, tokens(), chosen, run)
     return logits(view.model)
 

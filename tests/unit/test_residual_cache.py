@@ -20,7 +20,7 @@ from qexp.core.build import build
 from qexp.core.errors import UserError
 from qexp.core.packed_kv import codec_of
 from qexp.core.packed_residual import ResidualCodec, residual_codec_of
-from qexp.core.stages import Method
+from qexp.core.stages import Kv, Method
 from qexp.engine.blocks import activate
 from qexp.engine.context import cache_folder
 from qexp.engine.packing import PackedModel, pack_model
@@ -211,18 +211,23 @@ def test_without_a_packed_form_the_cache_is_transformers_own(caplog: pytest.LogC
     assert type(three.new_cache()) is DynamicCache and "no packed form" in caplog.text
 
 
+def packed_embedded(kv: Kv) -> PackedModel:
+    """Return the embedded model with float weights and a packed cache."""
+    method = replace(recipe(w=16), kv=kv, allocation=member("allocation", "none"))
+    with compose.hydra():
+        source = build(compose.composed(["model=embedded"])["model"], "model")
+    view = ModelView(source.load("cpu", cache_folder())[0])
+    activate(view, range(len(view.blocks)), method)
+    return pack_model(view, method)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4])
 @torch.no_grad()
 def test_the_embedded_model_generates_what_a_cache_of_floats_does(bits: int) -> None:
     kv = replace(member("kv", "kivi", kv=bits), residual_tokens=32)
-    method = replace(recipe(grid="integer", w=16), kv=kv, allocation=member("allocation", "none"))
-    with compose.hydra():
-        source = build(compose.composed(["model=embedded"])["model"], "model")
-    view = ModelView(source.load("cpu", cache_folder())[0])
-    activate(view, range(len(view.blocks)), method)
-    packed = pack_model(view, method)
-    ids = torch.randint(3, view.config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
+    packed = packed_embedded(kv)
+    ids = torch.randint(3, packed.model.config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
     how = {"max_new_tokens": 70, "min_new_tokens": 70, "do_sample": False}
     ours = packed.model.generate(ids, past_key_values=packed.new_cache(), **how)
     for door in packed.doors:
@@ -236,18 +241,13 @@ def test_the_embedded_model_generates_what_a_cache_of_floats_does(bits: int) -> 
 @torch.no_grad()
 def test_four_bits_at_2048_tokens_of_the_embedded_model() -> None:
     """The same tokens as fake quantization without a cache, in less than a third of the bytes of float16."""
-    method = replace(recipe(w=16), kv=member("kv", "per_head", kv=4), allocation=member("allocation", "none"))
-    with compose.hydra():
-        source = build(compose.composed(["model=embedded"])["model"], "model")
-    view = ModelView(source.load("cpu", cache_folder())[0])
-    activate(view, range(len(view.blocks)), method)
-    packed = pack_model(view, method)
-    ids = torch.randint(3, view.config.vocab_size, (1, 2024), generator=torch.Generator().manual_seed(0))
+    packed = packed_embedded(member("kv", "per_head", kv=4))
+    ids = torch.randint(3, packed.model.config.vocab_size, (1, 2024), generator=torch.Generator().manual_seed(0))
     how = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
     cache = packed.new_cache()
     ours = packed.model.generate(ids, past_key_values=cache, **how)
     assert torch.equal(ours, packed.model.generate(ids, use_cache=False, **how))
-    config, stored = view.config, cache.get_seq_length()
+    config, stored = packed.model.config, cache.get_seq_length()
     assert stored == 2047  # the last token was chosen, not read
     float16 = config.num_hidden_layers * 2 * stored * config.num_key_value_heads * config.head_dim * 2
     assert cache.nbytes() <= 0.32 * float16

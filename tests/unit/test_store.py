@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from stage_members import member
-from test_engine import IDS, a_run
+from test_engine import IDS
 from toy_models import FAMILIES, logits, view_of
-from toy_recipes import recipe
+from toy_recipes import a_run, recipe
 
 from qexp.core.errors import UserError
 from qexp.core.stages import Method
