@@ -32,7 +32,7 @@ from qexp.tracking.wandb import Tracker
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the engine: raised when its numbers change
+VERSION = 4  # of the engine: raised when its numbers change
 PACKAGES = ("qexp", "torch", "transformers", "datasets", "lm-eval", "safetensors", "wandb", "hydra-core")
 
 

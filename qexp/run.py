@@ -47,6 +47,7 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     from qexp.engine.diagnostics import Surfaces
     from qexp.engine.learning import Learning
     from qexp.engine.transforming import transform_model
+    from qexp.engine.tuning import tune_model
     from qexp.eval.size import sizes
     from qexp.models.outliers import inject
     from qexp.models.view import ModelView
@@ -64,6 +65,7 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     surfaces, began = Surfaces(view, setup.method, tokens), time.perf_counter()
     losses = transform_model(view, setup.method, setup.seed, Learning(tokens, work.store, work.progress))
     blocks = quantize_blocks(view, tokens, setup.method, work)
+    losses |= tune_model(view, tokens, setup.method, work)
     activate(view, range(len(view.blocks)), setup.method)
     quantized = time.perf_counter()
     results = setup.eval.run(view.model, tokenizer, sets, baseline, work.progress)

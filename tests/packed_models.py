@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from stage_members import member
 from toy_models import tokens, view_of
-from toy_recipes import recipe
+from toy_recipes import recipe, scene_of
 
 from qexp.core.stages import Method
 from qexp.engine.acting import calibrate
@@ -45,7 +45,7 @@ def rounded(family: str, method: Method, dtype: torch.dtype = torch.float32, **k
     plan = plan_of(view, method, 0)
     stream, kwargs = embed(view, tokens(4))
     for block in range(len(view.blocks)):
-        transform_block(plan, block, stream, kwargs[block])
+        transform_block(plan, scene_of(view, block, stream, kwargs[block]), stream)
         known = observe(view, block, view.groups(block), stream, kwargs[block])
         for group in view.groups(block):
             calibrate(view, method.act, group, known[group.site])

@@ -14,6 +14,7 @@ from qexp.core.linear import InputPath, QuantLinear
 from qexp.core.stages import Method, Transform
 from qexp.engine.context import Run, quiet
 from qexp.engine.learning import Learning
+from qexp.engine.reconstruct import Scene
 from qexp.engine.solving import plan_of
 from qexp.engine.store import Store
 from qexp.engine.streams import Stream, advance, embed
@@ -22,8 +23,21 @@ from qexp.models.view import ModelView
 
 
 def transform_named(name: str, **settings: Any) -> Transform:
-    """Return the transform of a YAML file; ``settings`` replace its own."""
-    return replace(member("transform", name)[name], **settings)
+    """Return the transform of a YAML file; ``settings`` replace its own, those of its ``training`` one by one."""
+    return short(member("transform", name)[name], **settings)
+
+
+def short(learner: Any, **settings: Any) -> Any:
+    """Return a member with other settings; ``training`` is a mapping of some of its own."""
+    training = {"training": replace(learner.training, **settings.pop("training"))} if "training" in settings else {}
+    return replace(learner, **settings, **training)
+
+
+def scene_of(view: ModelView, block: int, stream: Stream, kwargs: Any, floating: Stream | None = None) -> Scene:
+    """Return what a block is learned from, all that could be read; ``floating`` is the float model's stream."""
+    y = stream if floating is None else floating
+    scene = Scene(block, kwargs, stream, y, [], [])
+    return scene.answered(view, advance(view, block, y, kwargs), True, Tensor.cpu)
 
 
 def recipe(*transforms: str, grid: str = "integer", act: str = "none", w: int = 4, a: int = 16, **keys: Any) -> Method:
@@ -57,7 +71,7 @@ def transform(view: ModelView, method: Method, ids: Tensor, seed: int = 0) -> Mo
     plan = plan_of(view, method, seed)
     stream, kwargs = embed(view, ids)
     for block in range(len(view.blocks)):
-        transform_block(plan, block, stream, kwargs[block])
+        transform_block(plan, scene_of(view, block, stream, kwargs[block]), stream)
         stream = advance(view, block, stream, kwargs[block])
     return view
 

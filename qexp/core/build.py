@@ -54,6 +54,8 @@ def _construct(cls: type, values: dict[str, Any], path: str) -> Any:
 
 def _typed(value: Any, hint: Any, path: str) -> Any:
     """Return ``value`` as ``hint`` (lax: "4" is an int); a member must have what its stage's Protocol names."""
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, hint):
+        return value  # built from its own mapping
     try:
         return TypeAdapter(hint, config=MEMBERS).validate_python(value)
     except ValidationError as error:

@@ -52,6 +52,56 @@ class PerHead:
 
 
 @dataclass(frozen=True, eq=False)
+class HeadMaps:
+    """A map of its own for each of H heads, ``a`` [H, d] of diagonals or [H, d, d] of matrices.
+
+    Rows with a multiple of H heads give each map to as many neighbours: grouped-query attention reads more heads than
+    it writes. Inverses are computed where they are asked for, in the dtype of ``a``, unless they are given.
+    """
+
+    a: Tensor
+    a_inv: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of columns on the side that has H heads."""
+        return self.a.shape[0] * self.a.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return every head times its map."""
+        return self._each(x, self._placed.like(x))
+
+    def dual(self, x: Tensor) -> Tensor:
+        """Return every head times the inverse transpose of its map."""
+        if self.a.dim() == 2:
+            return self._each(x, 1 / self._placed.like(x))
+        return self._each(x, self._inverse.like(x).mT)
+
+    def undual(self, x: Tensor) -> Tensor:
+        """Return every head times the transpose of its map."""
+        a = self._placed.like(x)
+        return self._each(x, a if a.dim() == 2 else a.mT)
+
+    def state(self) -> State:
+        """Return the maps."""
+        return "head_maps", {"a": self.a}, {}
+
+    def _each(self, x: Tensor, a: Tensor) -> Tensor:
+        heads = wide(x).unflatten(-1, (len(a), -1, a.shape[1]))  # [..., H, neighbours, d]
+        mapped = heads * a[:, None] if a.dim() == 2 else heads @ a
+        same: Tensor = mapped.reshape(x.shape).to(x.dtype)
+        return same
+
+    @cached_property
+    def _placed(self) -> Placed:
+        return Placed(self.a)
+
+    @cached_property
+    def _inverse(self) -> Placed:
+        return Placed(torch.linalg.inv(self.a) if self.a_inv is None else self.a_inv)
+
+
+@dataclass(frozen=True, eq=False)
 class AcrossHeads:
     """The inner map along the head axis of rows [heads * d]: columns at equal places in their heads are mixed."""
 
@@ -167,6 +217,7 @@ _MAKERS: dict[str, Callable[[dict[str, Tensor], Numbers], LinearMap]] = {
     "permutation": lambda tensors, _: Permutation(tensors["order"]),
     "kronecker": _kronecker,
     "per_head": lambda tensors, numbers: PerHead(_unpack("inner", tensors, numbers), int(numbers["heads"])),
+    "head_maps": lambda tensors, _: HeadMaps(tensors["a"]),
     "across_heads": lambda tensors, numbers: AcrossHeads(_unpack("inner", tensors, numbers), int(numbers["head_size"])),
     "chain": lambda tensors, numbers: Chain(
         tuple(_unpack(str(i), tensors, numbers) for i in range(int(numbers["count"])))

@@ -27,6 +27,8 @@ def insert(model: nn.Module, site: Site, change: Insert) -> bool:
     if site.kind == "query_key":
         _named(model, site.readers[0]).door.rotation = change.map
         return False
+    if site.kind == "keys":
+        return _turn_keys(model, site, change)
     if site.kind == "output":
         return _turn_output(_named(model, site.writers[0].name), site, change)
     folded = change.kind in site.admits
@@ -71,6 +73,22 @@ def _turn_output(linear: QuantLinear, site: Site, change: Insert) -> bool:
     return False
 
 
+def _turn_keys(model: nn.Module, site: Site, change: Insert) -> bool:
+    """Let keys be written as k A and queries as q A^-T, both inside their linears or the norms behind them."""
+    if change.kind not in site.admits or change.shift is not None:
+        got = f"a {change.kind} map of keys at {site.name}, which rotary embeddings do not commute with"
+        raise UserError(got, "one of " + ", ".join(sorted(site.admits)))
+    writer, queries = site.writers[0], _named(model, site.readers[0])
+    _write(_named(model, writer.name), writer, change)
+    if writer.kind in (NORM, OFFSET_NORM):
+        set_gain(queries, writer.kind, change.map.dual(gain_of(queries, writer.kind)))
+        return True
+    queries.weight.copy_(dual_written(change.map, queries.unmap, queries.weight.double().T.contiguous()).T)
+    if queries.bias is not None:
+        queries.bias.copy_(dual_written(change.map, queries.unmap, queries.bias.double()))
+    return True
+
+
 def _named(model: nn.Module, name: str) -> Any:
     """Return a module by name; its attributes are known to the site that named it, not to the type checker."""
     return model.get_submodule(name)
@@ -104,20 +122,28 @@ def _write(module: Any, writer: Writer, change: Insert) -> None:
         if bias is not None:
             module.bias.copy_(_or(0.0, apply(bias)))
         return
-    assert shift is None
     weight = module.weight
     if writer.kind == "embedding":
+        assert shift is None
         weight.copy_(apply(weight.double()))
         return
     unmap: LinearMap | None = getattr(module, "unmap", None)
     weight.copy_(written(change.map, unmap, weight.double().T.contiguous()).T)
     if module.bias is not None:
-        module.bias.copy_(written(change.map, unmap, module.bias.double()))
+        bias = module.bias.double() if shift is None else module.bias.double() + shift.to(module.bias.double())
+        module.bias.copy_(written(change.map, unmap, bias))
+    else:
+        assert shift is None, "a shift at a linear without a bias"
 
 
 def written(map: LinearMap, unmap: LinearMap | None, outputs: Tensor) -> Tensor:
     """Return a writer's outputs [..., O] mapped, in front of a map that is taken back behind its product."""
     return map.apply(outputs) if unmap is None else unmap.apply(map.apply(unmap.undual(outputs)))
+
+
+def dual_written(map: LinearMap, unmap: LinearMap | None, outputs: Tensor) -> Tensor:
+    """Return outputs [..., O] with the dual of a map, in front of a map that is taken back behind the product."""
+    return map.dual(outputs) if unmap is None else unmap.apply(map.dual(unmap.undual(outputs)))
 
 
 def _or(value: float, products: Tensor) -> Tensor:

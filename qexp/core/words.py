@@ -90,7 +90,8 @@ class Site:
     """An edge of the network between writers and readers, where an invertible map can be inserted.
 
     ``kind`` is residual, attn_in, value, attn_out, mlp_in, mlp_mid, head_in, query_key (its ``size`` is that of one
-    head) or output (of one linear, undone behind it); ``size`` its width; ``head_size`` the width of one head where it
+    head), keys (folded: its reader, q, answers with its rows) or output (of one linear, undone behind it); ``size`` its
+    width; ``head_size`` the width of one head where it
     has heads; ``admits`` the kinds of map that the writers can absorb (the rest goes online at the readers). ``norms``
     stand between a residual site and its readers.
     """
@@ -108,7 +109,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Insert:
-    """Replace the activation x at a site by (x + shift) A; ``kind``: diagonal, orthogonal, per_head, dense, center.
+    """Replace the activation x at a site by (x + shift) A.
+
+    ``kind``: diagonal, orthogonal, per_head, dense, center, permutation; of keys rotary (commutes with the rotations of
+    positions) and rotary_diagonal.
 
     The readers get the dual of A, so that the function stays what it was.
     """
@@ -138,9 +142,10 @@ class LayerReport:
 
 @dataclass
 class BlockReport:
-    """What the record says of one block; ``losses`` by step, of the members that learned."""
+    """What the record says of one block; of the members that learned ``losses`` by step and what came of it."""
 
     index: int
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    learned: dict[str, dict[str, float]] = field(default_factory=dict)

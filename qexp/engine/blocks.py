@@ -1,10 +1,10 @@
 """Screen 2: the walk over the decoder blocks.
 
-One stream of hidden states enters each block: behind the blocks that are quantized already, or as the float model
-computes it (``method.inputs=float``). A block is quantized in one order for every method: block-scope transforms, then
-layer group by layer group in forward order (with ``method.inputs=quantized`` each sees the groups before it quantized).
-A finished block goes to disk and is never computed again; a resumed run installs it and replays the forwards, so that
-it ends with the same bits.
+Two streams of hidden states travel along: behind the blocks that are quantized already, and as the float model has
+them, each only where the recipe reads it. A block is quantized in one order for every method: block-scope transforms,
+then the layers, group by group in forward order (with ``method.inputs=quantized`` each sees the groups before it
+quantized) or learned all together, then tuners. A finished block goes to disk and is never computed again; a resumed
+run installs it and replays the forwards, so that it ends with the same bits.
 """
 
 from __future__ import annotations
@@ -15,59 +15,75 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from qexp.core.learned import LearnedSolver
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS, BlockReport
 from qexp.engine.acting import act_of, calibrate, has_work
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
+from qexp.engine.kept import keep_learned
+from qexp.engine.reconstruct import Scene
+from qexp.engine.rounding import learn_roundings
 from qexp.engine.solving import Plan, plan_of, solve_group
 from qexp.engine.store import Finished, install, pack_block
-from qexp.engine.streams import Kwargs, Stream, advance, embed
+from qexp.engine.streams import Stream, advance, embed
+from qexp.engine.trained import wants_of
 from qexp.engine.transforming import transform_block
+from qexp.engine.tuning import tune_block
 from qexp.models.view import ModelView
 
 
 @torch.no_grad()
 def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -> list[BlockReport]:
     """Quantize all blocks in place with calibration ``tokens`` int64 [N, S]; return one report per block."""
-    plan = plan_of(view, method, run.seed, run.progress)
+    plan, wants = plan_of(view, method, run.seed, run.progress), wants_of(method)
     if not has_work(method, plan.grids):
         return []  # 16 bits everywhere: nothing to walk for
-    stream, kwargs = embed(view, tokens)
-    reports = []
+    keep = run.shelf(view, tokens, wants.streams).keep
+    quantized, kwargs = embed(view, tokens, keep)
+    floating, reports = quantized, []
     for block in run.progress("quantize blocks", range(len(view.blocks))):
         last = block + 1 == len(view.blocks)  # nothing reads what it answers
-        following = advance(view, block, stream, kwargs[block]) if method.inputs == "float" and not last else None
+        before = Scene(block, kwargs[block], quantized, floating, [], [])
+        truth = advance(view, block, floating, kwargs[block], keep) if wants.answers_float(last) else []
 
-        def make(block: int = block, stream: Stream = stream) -> Finished:
-            return quantize_block(plan, block, stream, kwargs[block])
+        def make(before: Scene = before, truth: Stream = truth) -> Finished:
+            return quantize_block(plan, before.answered(view, truth, wants.t2, keep), run)
 
         finished = run.store.once(f"{block:05d}", make)
         install(view, block, finished, plan.grids)
         if method.quantize_stream:
             activate(view, [block], method)
             view.replays.clear()  # what they keep was computed before the quantizers were on
-        if not last:
-            stream = advance(view, block, stream, kwargs[block]) if following is None else following
+        if wants.quantized and not last:
+            quantized = advance(view, block, quantized, kwargs[block], keep)
         view.replays.clear()
+        floating = truth
         reports.append(finished.report)
     return reports
 
 
-def quantize_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> Finished:
-    """Return a block transformed and solved; ``source`` (may be empty) feeds the statistics."""
-    view, method, began = plan.view, plan.method, time.perf_counter()
-    groups = view.groups(block)
-    report = BlockReport(index=block, seconds=0.0, losses=transform_block(plan, block, source, kwargs))
-    in_turn = bool(source) and method.inputs == "quantized"
+def quantize_block(plan: Plan, scene: Scene, run: Run) -> Finished:
+    """Return a block transformed, solved and tuned; the stream that feeds statistics may be empty."""
+    view, method, began, block, kwargs = plan.view, plan.method, time.perf_counter(), scene.block, scene.kwargs
+    groups, report = view.groups(block), BlockReport(index=block, seconds=0.0)
+    source = scene.float if method.inputs == "float" else scene.quantized
+    stories = transform_block(plan, scene, source)
+    in_turn = bool(source) and method.inputs == "quantized" and not isinstance(method.solver, LearnedSolver)
     known = observe(view, block, groups, source, kwargs) if source and not in_turn else {}
     for group in groups:
         if in_turn:
             known = observe(view, block, [group], source, kwargs)
         calibrate(view, act_of(method, group), group, known.get(group.site))
-        report.layers += solve_group(plan, group, known.get(group.site))
+        if not isinstance(method.solver, LearnedSolver):
+            report.layers += solve_group(plan, group, known.get(group.site))
         if in_turn:
             view.finish(group)
+    if isinstance(method.solver, LearnedSolver):
+        report.layers, story = learn_roundings(plan, scene, method.solver, known)
+        stories |= {"solver": story} if story else {}
+    stories |= tune_block(plan, scene)
+    keep_learned(run, report, stories)
     report.seconds = time.perf_counter() - began
     return pack_block(view, block, report)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from qexp.core.errors import UserError, choose
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS
+from qexp.engine.trained import model_trainings, trainings
 
 if TYPE_CHECKING:
     from qexp.models.view import ModelView  # transformers: seconds that a mistake in the recipe need not wait for
@@ -33,11 +34,12 @@ def check_method(method: Method, calibrated: bool) -> None:
                 raise UserError(f"transform {name} without {needed} before it", needed, f"method/transform=[{right}]")
         seen.append(name)
     _check_kept_last(method)
-    if method.tuner:
-        raise UserError(f"method.tuner has {', '.join(method.tuner)}", "no tuner in this version", "method/tuner=[]")
+    learned = trainings(method) | model_trainings(method)
+    for key, training in learned.items():
+        training.check(f"method.{key}.training")
     members: list[Any] = [method.grid, method.solver, *method.transform.values()]
     members += [method.act] if method.act.bits < FULL_BITS else []
-    needing = [type(member).__name__ for member in members if "activations" in member.needs]
+    needing = [type(member).__name__ for member in members if "activations" in member.needs] + list(learned)
     if needing and not calibrated:
         raise UserError(
             f"calibration=none, but {' and '.join(needing)} of {method.name} read activations",

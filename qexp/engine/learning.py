@@ -1,13 +1,13 @@
-"""The objectives of transforms that are learned: what a block or the whole model loses, quantized, and gradients of it.
+"""The objective of transforms that are learned end to end: what the quantized model loses, and gradients of it.
 
 The model's weights stay as they are: each block runs with the weights that candidate inserts would give it, computed on
-the way and differentiable. Through the model, one block at a time has a graph: a first pass keeps only what enters each
+the way and differentiable. One block at a time has a graph: a first pass keeps only what enters each
 block, on disk, then the blocks are walked backwards, each computed once more (methods/spinquant.md section 7).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear
 
 from qexp.core.errors import UserError
-from qexp.core.learned import NO_CLIPS, Clips, Learned, within
+from qexp.core.learned import Learned
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
 from qexp.core.rng import generator
@@ -29,13 +29,15 @@ from qexp.core.stages import Method
 from qexp.core.words import Insert, Site
 from qexp.engine.candidate import Candidate, Inserts, quantizers
 from qexp.engine.context import Progress
-from qexp.engine.solving import Grids, Plan, plan_of
+from qexp.engine.reconstruct import half_to_float
+from qexp.engine.solving import Plan, plan_of
 from qexp.engine.store import Finished, Store, pack_maps, read, unpack_maps
-from qexp.engine.streams import Kwargs, Stream, advance, embed
+from qexp.engine.streams import embed
 from qexp.engine.surroundings import SiteSurroundings
 from qexp.models.view import ModelView
 
 RESIDUAL = "residual"
+Answer = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,65 +52,32 @@ class Learning:
     progress: Progress
 
 
-class BlockObjective:
-    """Mean squared error of one block against its float answer on the same inputs, with the recipe's quantizers on.
+class NextToken:
+    """Mean cross-entropy of the next token on calibration sequences, and its gradient, block by block."""
 
-    As a share of the mean square of the answer, so that blocks and models compare.
-    """
-
-    def __init__(self, plan: Plan, block: int, sites: Sequence[Site], source: Stream, kwargs: Kwargs) -> None:
-        self.plan, self.index, self.kwargs = plan, block, kwargs
-        self.candidate = Candidate(plan.view, sites)
-        self.inputs, self.targets = torch.cat(source), torch.cat(advance(plan.view, block, source, kwargs))
-        self.scale = float(self.targets.float().pow(2).mean())
-
-    def __len__(self) -> int:
-        """Return the number of sequences."""
-        return len(self.inputs)
-
-    def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS) -> float:
-        """Return the error on the chosen sequences under inserts and clips; gradients go to their tensors."""
-        view, which = self.plan.view, list(chosen)
-        x, target = (half_to_float(t[which].to(view.model.device)) for t in (self.inputs, self.targets))
-        grids = rounding(self.plan, clips, round_weights)
-        with quantizers(view, self.plan.method, [self.index], clips.acts), torch.enable_grad():
-            answer = self.candidate.block(inserts, self.index, x, self.kwargs, grids)
-            loss = (answer - target).float().pow(2).mean() / self.scale
-            loss.backward()
-        return float(loss.detach())
-
-
-class ModelObjective:
-    """Mean cross-entropy of the next token on calibration sequences, with the recipe's quantizers on."""
-
-    def __init__(self, plan: Plan, sites: Sequence[Site], tokens: Tensor, folder: Path | None = None) -> None:
-        self.plan, self.view, self.tokens, self.folder = plan, plan.view, tokens, folder
-        self.candidate = Candidate(plan.view, sites)
-        stream, self.kwargs = embed(plan.view, tokens)
+    def __init__(self, view: ModelView, tokens: Tensor, folder: Path | None = None) -> None:
+        self.view, self.tokens, self.folder = view, tokens, folder
+        stream, self.kwargs = embed(view, tokens)
         self.embedded = torch.cat(stream)
 
-    def __len__(self) -> int:
-        """Return the number of sequences."""
-        return len(self.tokens)
+    def descend(
+        self, answer: Answer, chosen: Sequence[int], turn: LinearMap | None = None, share: float = 1.0
+    ) -> float:
+        """Return the loss of the chosen sequences where blocks give ``answer`` (index, x); gradients are added.
 
-    def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool, clips: Clips = NO_CLIPS) -> float:
-        """Return the loss of the chosen sequences under inserts and clips; gradients go to their tensors."""
+        ``turn`` is a map of the residual stream; ``share`` multiplies the gradients.
+        """
         device, which = self.view.model.device, list(chosen)
         start, ids = half_to_float(self.embedded[which].to(device)), self.tokens[which].to(device)
-        blocks, turn = range(len(self.view.blocks)), inserts[RESIDUAL].map if RESIDUAL in inserts else None
-        grids = rounding(self.plan, clips, round_weights)
-
-        def answer(block: int, x: Tensor) -> Tensor:
-            return self.candidate.block(inserts, block, x, self.kwargs[block], grids)
-
-        with quantizers(self.view, self.plan.method, blocks, clips.acts), closing(Spill(self.folder)) as entering:
+        with closing(Spill(self.folder)) as entering:
             with torch.no_grad():
                 x = start if turn is None else turn.apply(start)
-                for block in blocks:
+                for block in range(len(self.view.blocks)):
                     entering.push(x)
                     x = answer(block, x)
             loss, gradient = self._head(turn, x, ids)
-            for block in reversed(blocks):
+            gradient *= share
+            for block in reversed(range(len(self.view.blocks))):
                 x = entering.pop().requires_grad_()
                 with torch.enable_grad():
                     answer(block, x).backward(gradient)
@@ -118,38 +87,65 @@ class ModelObjective:
                 turn.apply(start).backward(gradient)
         return loss
 
+    @torch.no_grad()
+    def measure(self, answer: Answer, chosen: Sequence[int]) -> float:
+        """Return the loss of the chosen sequences, one at a time."""
+        total = 0.0
+        for i in chosen:
+            x = half_to_float(self.embedded[[i]].to(self.view.model.device))
+            for block in range(len(self.view.blocks)):
+                x = answer(block, x)
+            total += float(self._loss(None, x, self.tokens[i].to(x.device))) / len(chosen)
+        return total
+
     def _capped(self, logits: Tensor) -> Tensor:
         cap = getattr(self.view.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _head(self, turn: LinearMap | None, x: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         """Return the loss and its gradient at what leaves the last block; one sequence of logits at a time."""
-        family, total, gradients = self.view.described, 0.0, list[Tensor]()
-        norm: Any = self.view.model.get_submodule(family.final_norm)
-        head: Any = self.view.model.get_submodule(family.head)
+        total, gradients = 0.0, list[Tensor]()
         for row, sequence in zip(x.split(1), ids, strict=True):
             leaf = row.detach().requires_grad_()
             with torch.enable_grad():
-                W = head.weight if turn is None else turn.dual(head.weight)
-                bias = None if head.bias is None else head.bias.to(leaf.dtype)
-                normed = functional_call(norm, {n: p.to(leaf.dtype) for n, p in norm.named_parameters()}, (leaf,))
-                logits = linear(normed[0, :-1].to(leaf.dtype), W.to(leaf.dtype), bias)
-                loss = cross_entropy(self._capped(wide(logits)), sequence[1:]) / len(ids)
+                loss = self._loss(turn, leaf, sequence) / len(ids)
                 loss.backward()
             total += float(loss.detach())
             gradients.append(_gradient(leaf))
         return total, torch.cat(gradients)
 
+    def _loss(self, turn: LinearMap | None, x: Tensor, ids: Tensor) -> Tensor:
+        """Return the mean cross-entropy of one sequence x [1, S, C]."""
+        family = self.view.described
+        norm: Any = self.view.model.get_submodule(family.final_norm)
+        head: Any = self.view.model.get_submodule(family.head)
+        W = head.weight if turn is None else turn.dual(head.weight)
+        bias = None if head.bias is None else head.bias.to(x.dtype)
+        normed = functional_call(norm, {n: p.to(x.dtype) for n, p in norm.named_parameters()}, (x,))
+        logits = linear(normed[0, :-1].to(x.dtype), W.to(x.dtype), bias)
+        return cross_entropy(self._capped(wide(logits)), ids[1:])
 
-def rounding(plan: Plan, clips: Clips, wanted: bool) -> Grids:
-    """Return the grids of the layers to round, with the ranges that are learned; none if rounding is not wanted."""
-    ratios = clips.weights
-    return {name: within(g, ratios[name]) if name in ratios else g for name, g in plan.grids.items() if wanted}
 
+class ModelObjective:
+    """The next token's loss under inserts, with the recipe's quantizers on."""
 
-def half_to_float(x: Tensor) -> Tensor:
-    """Return float16 as float32: gradients of means over many elements are too small for it."""
-    return x.float() if x.dtype == torch.float16 else x
+    def __init__(self, plan: Plan, sites: Sequence[Site], tokens: Tensor, folder: Path | None = None) -> None:
+        self.plan, self.candidate = plan, Candidate(plan.view, sites)
+        self.next_token = NextToken(plan.view, tokens, folder)
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.next_token.tokens)
+
+    def __call__(self, inserts: Inserts, chosen: Sequence[int], round_weights: bool) -> float:
+        """Return the loss of the chosen sequences under inserts; gradients go to the tensors of their maps."""
+        grids, kwargs = self.plan.grids if round_weights else {}, self.next_token.kwargs
+
+        def answer(block: int, x: Tensor) -> Tensor:
+            return self.candidate.block(inserts, block, x, kwargs[block], grids)
+
+        with quantizers(self.plan.view, self.plan.method, range(len(self.plan.view.blocks))):
+            return self.next_token.descend(answer, chosen, inserts[RESIDUAL].map if RESIDUAL in inserts else None)
 
 
 def learned_once(view: ModelView, method: Method, name: str, transform: Any, seed: int, learning: Learning) -> Learned:
@@ -163,7 +159,6 @@ def learned_once(view: ModelView, method: Method, name: str, transform: Any, see
         around = {site.name: SiteSurroundings(view, site, None, None) for site in sites}
         track = partial(learning.progress, f"learn {name}")
         learned = transform.learn(sites, around, objective, generator(seed, name), track)
-        assert not any(learned.clips), "clips are kept with a block; a transform of model scope has none"
         kinds = {site: insert.kind for site, insert in learned.inserts.items()}
         maps = {site: insert.map for site, insert in learned.inserts.items()}
         return pack_maps(maps, {"kinds": kinds, "losses": learned.losses})

@@ -6,18 +6,18 @@ one factorisation and a third of the column loop. A grid with one range for the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from qexp.core.learned import within
 from qexp.core.linear import QuantLinear
+from qexp.core.ranges import within
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Method, Solver
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
-from qexp.engine.context import Progress, quiet
+from qexp.engine.context import MicroBatches, Progress, quiet
 from qexp.kernels.gram import add_gram
 from qexp.models.view import ModelView
 
@@ -34,6 +34,7 @@ class Plan:
     grids: Grids
     seed: int
     progress: Progress
+    micro: MicroBatches = field(default_factory=MicroBatches)
 
 
 def plan_of(view: ModelView, method: Method, seed: int, progress: Progress = quiet) -> Plan:
@@ -64,28 +65,29 @@ def _solve_stack(plan: Plan, stack: list[Layer], grid: Grid, stats: Stats | None
     linears = [plan.view.linear(layer.name) for layer in stack]
     W_OI = torch.cat([linear.weight.float() for linear in linears])
     rng, kept = generator(plan.seed, stack[0].name), linears[0].path.kept
-    ranged = _ranged(grid, linears)
+    cut = ranged(grid, linears)
     if kept:
-        solved = solve_beside(plan.method.solver, W_OI, kept, stats, ranged, rng)
+        solved = solve_beside(plan.method.solver, W_OI, kept, stats, cut, rng)
     else:
-        solved = plan.method.solver.solve(W_OI, stats, ranged, rng)
+        solved = plan.method.solver.solve(W_OI, stats, cut, rng)
     reports, row = [], 0
     for layer, linear in zip(stack, linears, strict=True):
         rows = slice(row, row + layer.outputs)
         row += layer.outputs
         params = {name: value[rows] for name, value in solved.params.items()}
         own = Quantized(solved.codes[rows], params, None if solved.kept is None else solved.kept[rows])
-        reports.append(_installed(layer, linear, own, grid, stats))
+        reports.append(installed(layer, linear, own, grid, stats))
     return reports
 
 
-def _ranged(grid: Grid, linears: list[QuantLinear]) -> Grid:
+def ranged(grid: Grid, linears: list[QuantLinear]) -> Grid:
     """Return the grid as it is fitted to these layers: by the ranges that a transform has learned, if one has."""
     ratios = [linear.clips for linear in linears if linear.clips is not None]  # of all that share an input, or of none
     return within(grid, torch.cat(ratios)) if ratios else grid
 
 
-def _installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, stats: Stats | None) -> LayerReport:
+def installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, stats: Stats | None) -> LayerReport:
+    """Put the codes into the layer and report on them."""
     W = linear.weight.float().clone()
     linear.install(grid, own)
     D = linear.weight.float() - W

@@ -40,7 +40,7 @@ class Finished:
         """Return what the record says of the block."""
         about = self.facts["report"]
         layers = [LayerReport(**layer) for layer in about["layers"]]
-        return BlockReport(about["index"], about["seconds"], layers, about["losses"])
+        return BlockReport(**{**about, "layers": layers})
 
 
 class Store:

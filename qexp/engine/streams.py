@@ -9,7 +9,7 @@ an entry for each sequence and head), a micro-batch is one sequence.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Stream = list[Tensor]
 Kwargs = dict[str, Any]
+Keep = Callable[[Tensor], Tensor]
 MICRO_TOKENS = 2048  # tokens per micro-batch: they fill a matrix product, and freed activations are used again
 
 
@@ -28,8 +29,11 @@ class StopForward(Exception):
 
 
 @torch.no_grad()
-def embed(view: ModelView, tokens: Tensor) -> tuple[Stream, list[Kwargs]]:
-    """Return the inputs of block 0 for int64 ``tokens`` [N, S] and every block's keyword arguments."""
+def embed(view: ModelView, tokens: Tensor, keep: Keep = Tensor.cpu) -> tuple[Stream, list[Kwargs]]:
+    """Return the inputs of block 0 for int64 ``tokens`` [N, S] and every block's keyword arguments.
+
+    ``keep`` puts a micro-batch where the stream is kept.
+    """
     stream: Stream = []
     kwargs: list[Kwargs] = [{} for _ in view.blocks]
     if not len(tokens):
@@ -45,8 +49,8 @@ def embed(view: ModelView, tokens: Tensor) -> tuple[Stream, list[Kwargs]]:
         return hook
 
     def take(_module: nn.Module, args: tuple[Any, ...], given: Kwargs) -> None:
-        x = (args[0] if args else given["hidden_states"]).cpu()
-        stream.extend([x] if _broadcast(kwargs[0], given) else x.split(1))
+        x = args[0] if args else given["hidden_states"]
+        stream.extend(keep(part) for part in ([x] if _broadcast(kwargs[0], given) else x.split(1)))
         raise StopForward
 
     def forward(batch: Tensor) -> None:
@@ -73,9 +77,15 @@ def _broadcast(one: Kwargs, many: Kwargs) -> bool:
 
 
 @torch.no_grad()
-def advance(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Stream:
+def advance(view: ModelView, block: int, stream: Stream, kwargs: Kwargs, keep: Keep = Tensor.cpu) -> Stream:
     """Return the outputs of one block, which are the inputs of the next."""
-    return [answer.cpu() for answer in answers(view, block, stream, kwargs)]
+    return [keep(answer) for answer in answers(view, block, stream, kwargs)]
+
+
+def take(stream: Stream, chosen: Sequence[int]) -> Tensor:
+    """Return some sequences of a stream, [B, S, C], in the order asked for."""
+    each = len(stream[0])  # the last micro-batch may be smaller
+    return torch.stack([stream[i // each][i % each] for i in chosen])
 
 
 def answers(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Iterator[Tensor]:

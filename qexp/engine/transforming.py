@@ -9,13 +9,14 @@ from functools import partial
 import torch
 
 from qexp.core import rewrite
-from qexp.core.learned import Clips, Learner
+from qexp.core.learned import Clips, Learner, Part, RangeTuner, Trained
 from qexp.core.rng import generator
 from qexp.core.stages import Method, Transform
 from qexp.core.words import Group, Insert, Site, Split
 from qexp.engine.acting import is_calibrated
 from qexp.engine.capture import Look, observe
-from qexp.engine.learning import BlockObjective, Learning, learned_once
+from qexp.engine.learning import Learning, learned_once
+from qexp.engine.reconstruct import Lesson, Scene, Story, reconstruct
 from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, Stream
 from qexp.engine.surroundings import SiteSurroundings, calls, damage_oracle
@@ -49,19 +50,25 @@ def transform_model(
 
 
 @torch.no_grad()
-def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> dict[str, list[float]]:
-    """Apply the transforms of block scope to one block, from ``source``; return the losses of learned ones by name."""
-    view, losses = plan.view, dict[str, list[float]]()
-    for name, transform in plan.method.stage("block"):
-        sites = [site for site in transform.sites(view) if site.block == block]
-        around = _surroundings(plan, block, transform, sites, source, kwargs)
+def transform_block(plan: Plan, scene: Scene, source: Stream) -> dict[str, Story]:
+    """Apply the transforms of block scope to one block, and learn the ranges of its weights where a tuner wants it.
+
+    Statistics come from ``source``. Ranges are learned together with the last transform that is learned, else alone
+    behind all transforms. Returns what was learned by name.
+    """
+    view, chosen, stories = plan.view, plan.method.stage("block"), dict[str, Story]()
+    last = next((name for name, transform in reversed(chosen) if isinstance(transform, Trained)), None)
+    for name, transform in chosen:
+        sites = [site for site in transform.sites(view) if site.block == scene.block]
+        around = _surroundings(plan, scene.block, transform, sites, source, scene.kwargs)
         changes: dict[str, Insert | Split | None]
-        if isinstance(transform, Learner):
-            objective = BlockObjective(plan, block, sites, source, kwargs)
-            track = partial(plan.progress, f"learn {name}, block {block}")
-            learned = transform.learn(sites, around, objective, generator(plan.seed, name, block), track)
-            losses[name], changes = learned.losses, dict(learned.inserts)
-            _keep_clips(plan, sites, learned.clips)
+        if isinstance(transform, Trained):
+            parts = [transform.part(sites, around, generator(plan.seed, name, scene.block))]
+            parts += _range_parts(plan, scene.block) if name == last else []
+            lesson = Lesson(name, transform.training, parts, sites, plan.grids)
+            stories[name] = reconstruct(plan, scene, lesson)
+            changes = {site.name: stories[name].made.inserts.get(site.name) for site in sites}
+            _keep_clips(plan, sites, stories[name].made.clips)
         else:
             changes = {
                 site.name: transform.edit(site, around[site.name], generator(plan.seed, name, site.name))
@@ -69,7 +76,22 @@ def transform_block(plan: Plan, block: int, source: Stream, kwargs: Kwargs) -> d
             }
         for site in sites:
             _apply(view, site, changes[site.name])
-    return losses
+    for name, tuner in plan.method.tuner.items() if last is None else ():
+        if isinstance(tuner, RangeTuner):
+            parts = _range_parts(plan, scene.block)
+            stories[name] = reconstruct(plan, scene, Lesson(name, tuner.training, parts, grids=plan.grids))
+            _keep_clips(plan, [], stories[name].made.clips)
+    return stories
+
+
+def _range_parts(plan: Plan, block: int) -> list[Part]:
+    """Return what the recipe's tuners learn of the ranges of a block's weights."""
+    layers = [layer for group in plan.view.groups(block) for layer in group.layers if layer.name in plan.grids]
+    slices = {}
+    for layer in layers:
+        columns, group = layer.inputs - plan.view.linear(layer.name).path.kept, plan.grids[layer.name].group
+        slices[layer.name] = (layer.outputs, columns // group if group > 0 else 1)
+    return [tuner.ranges(slices) for tuner in plan.method.tuner.values() if isinstance(tuner, RangeTuner) and slices]
 
 
 def _keep_clips(plan: Plan, sites: list[Site], clips: Clips) -> None:

@@ -43,6 +43,8 @@ class Family:
     linears: dict[str, str] = field(default_factory=lambda: dict(LLAMA_LINEARS))
     attention: str = "self_attn"
     key_norm: str = "k_norm"  # of the attention module, in the members that have one
+    query_norm: str = "q_norm"
+    rotary: bool = True  # positions enter as rotations of the pairs (i, i + d / 2) of queries and keys
     attention_norm: str = "input_layernorm"
     mlp: str | None = "mlp"
     mlp_norm: str = "post_attention_layernorm"
@@ -71,6 +73,7 @@ FAMILIES = (
         mlp=None,
         mlp_norm="final_layer_norm",
         layer_norm=True,
+        rotary=False,
     ),
 )
 

@@ -74,5 +74,21 @@ def _block_site(view: ModelView, block: int, kind: str) -> Site:
         )
     if kind == "attn_out":
         return Site(name, kind, block, heads * d, (), named("o"), frozenset(), head_size=d)
+    if kind == "keys":
+        return _keys(view, block)
     assert kind == "query_key"
     return Site(name, kind, block, d, (), (view.path(block, family.attention),), frozenset(), head_size=d)
+
+
+def _keys(view: ModelView, block: int) -> Site:
+    """Return the keys as queries meet them, written by their linear, or by the norm behind it, shared by all heads."""
+    family, d = view.described, view.head_size
+    attention = view.path(block, family.attention)
+    normed = getattr(view.model.get_submodule(attention), family.key_norm, None) is not None
+    writer = Writer(f"{attention}.{family.key_norm}", family.norm_kind) if normed else Writer(
+        view.path(block, family.linears["k"]), "linear"
+    )  # fmt: skip
+    reader = f"{attention}.{family.query_norm}" if normed else view.path(block, family.linears["q"])
+    size = d if normed else view.kv_heads * d
+    admits = {"rotary_diagonal"} | (set() if normed else {"rotary"}) | (set() if family.rotary else {"per_head"})
+    return Site(f"{block}.keys", "keys", block, size, (writer,), (reader,), frozenset(admits), head_size=d)

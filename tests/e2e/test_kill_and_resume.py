@@ -55,7 +55,7 @@ RECIPES = {
 }
 LONGER = {
     "spinquant": ["method=spinquant", "bits=w4a4kv4", "method.transform.learned_rotation.steps=2"],
-    "flatquant": ["method=flatquant", "bits=w4a4kv4", "method.transform.kronecker.steps=4"],
+    "flatquant": ["method=flatquant", "bits=w4a4kv4", "method.transform.kronecker.training.steps=4"],
     "duquant": ["method=duquant", "bits=w4a4kv4", "method.transform.duquant.block=8"],
     "quik": ["method=quik", "bits=w4a4"],
     "quip": ["method=quip", "bits=w2a16"],

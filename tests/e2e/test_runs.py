@@ -46,7 +46,7 @@ def folders(out: Path) -> list[Path]:
         pytest.param(
             "method=spinquant_no_had bits=w4a8 method.transform.learned_rotation.steps=2", marks=pytest.mark.slow
         ),
-        "method=flatquant bits=w4a4kv4 method.transform.kronecker.steps=4",
+        "method=flatquant bits=w4a4kv4 method.transform.kronecker.training.steps=4",
         pytest.param("method=duquant bits=w4a4kv4 method.transform.duquant.block=8", marks=pytest.mark.slow),
         "method=quik bits=w4a4",
         "method=quip bits=w2a16",

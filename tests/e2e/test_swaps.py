@@ -25,6 +25,8 @@ from qexp.engine.blocks import activate, quantize_blocks
 from qexp.engine.checks import check_method, check_model
 from qexp.engine.learning import Learning
 from qexp.engine.transforming import transform_model
+from qexp.engine.tuning import tune_model
+from qexp.models.view import ModelView
 
 TRANSFORMS = {
     "learned_rotation": "method=spinquant method.transform.learned_rotation.steps=1",
@@ -33,7 +35,9 @@ TRANSFORMS = {
     "duquant_code": "method=duquant method/transform=[duquant_code] method.transform.duquant_code.block=8",
     "incoherence": "method=quip",
     "incoherence_hadamard": "method=quip_sharp",
-    "kronecker": "method=flatquant method.transform.kronecker.steps=1",
+    "let": "method=omniquant_wa method.transform.let.training.steps=1",
+    "affine": "method=affinequant method.transform.affine.training.steps=1",
+    "kronecker": "method=flatquant method.transform.kronecker.training.steps=1",
     "outlier_columns": "method=quik",
     "column_scale": "method=crossquant method/transform=[column_scale]",
 }
@@ -41,12 +45,24 @@ SOLVERS = ("rtn", "gptq")
 GRIDS = {"symmetric": "integer_symmetric", "asymmetric": "integer", "groups": "integer method.grid.group=8"}
 ACTS = ("per_token", "per_tensor")
 KVS = ("none", "per_head")
+LEARNED = ("flexround", "lrq", "signround", "block_ap")
+TUNERS = {
+    "none": "method/tuner=[]",
+    "clip": "method/tuner=[clip] method.tuner.clip.training.steps=1",
+    "norm_tweaking": "method/tuner=[norm_tweaking]",
+    "e2e_qp": "method/tuner=[e2e_qp]",
+    "all": "method/tuner=[clip,norm_tweaking,e2e_qp] method.tuner.clip.training.steps=1",
+}
+UNDER = ("duquant", "let", "kronecker", "learned_rotation", "incoherence")  # transforms of solvers that learn
+LEARNING = list(product(LEARNED, UNDER, GRIDS, TUNERS))
 SWAPS = list(product(TRANSFORMS, SOLVERS, GRIDS, ACTS, KVS))
 IDS = tokens(4)
 
 
 def test_all_are_there() -> None:
-    assert len(SWAPS) == 9 * 2 * 3 * 2 * 2 == len(set(SWAPS))
+    assert len(LEARNING) == 4 * 5 * 3 * 5
+    assert {*SOLVERS, *LEARNED, "gptq_in_order", "ldlq"} == set(names("solver")) and TUNERS.keys() > set(names("tuner"))
+    assert len(SWAPS) == 11 * 2 * 3 * 2 * 2 == len(set(SWAPS))
     of_earlier_issues = {"fold_norm", "hadamard", "hadamard_keys", "hadamard_online", "smooth", "smooth_duquant", "awq"}
     assert {name.removesuffix(" alone") for name in TRANSFORMS} == set(names("transform")) - of_earlier_issues
 
@@ -70,6 +86,7 @@ def quantized(method: Method, folder: Path) -> Any:
     run = a_run(folder)
     transform_model(view, method, 0, Learning(IDS, run.store, run.progress))
     quantize_blocks(view, IDS, method, run)
+    tune_model(view, IDS, method, run)
     activate(view, range(2), method)
     return view
 
@@ -83,7 +100,24 @@ def test_it_composes_and_runs(swap: tuple[str, ...], tmp_path: Path) -> None:
     assert type(method.solver).__name__.lower() == solver and type(method.act).__module__.endswith(f".{act}")
     assert method.kv.bits == (FULL_BITS if kv == "none" else 4)
     assert method.grid.group == (8 if grid == "groups" else -1)
-    view = quantized(method, tmp_path)
+    assert_sound(quantized(method, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "swap", [s if s[2:] == LEARNING[0][2:] else pytest.param(s, marks=pytest.mark.slow) for s in LEARNING], ids="-".join
+)
+def test_solvers_that_learn_compose_with_all_others(swap: tuple[str, ...], tmp_path: Path) -> None:
+    solver, under, grid, tuners = swap
+    words = f"{TRANSFORMS[under]} bits=w4a8 method/solver={solver} method.solver.training.steps=1 {TUNERS[tuners]}"
+    method: Method = build(
+        compose.composed(f"{words} method/grid={GRIDS[grid]} method/act=per_token".split())["method"]
+    )
+    assert list(method.tuner) == {"none": [], "all": ["clip", "norm_tweaking", "e2e_qp"]}.get(tuners, [tuners])
+    assert_sound(quantized(method, tmp_path))
+
+
+def assert_sound(view: ModelView) -> None:
+    """Assert that the model is quantized, still the same model, and that every weight decodes from its codes."""
     answer = logits(view.model, IDS)
     assert answer.isfinite().all()
     error = (answer - logits(view_of("llama", torch.float32).model, IDS)).pow(2).mean() / answer.pow(2).mean()

@@ -55,8 +55,8 @@ IN_THE_VALUES = [
         ["/no/such", "does not exist", "set method.transform.learned_rotation.load=''"],
     ),
     (
-        "method=flatquant method.transform.kronecker.steps=-3",
-        ["steps=-3", "set method.transform.kronecker.steps="],
+        "method=flatquant method.transform.kronecker.training.steps=-3",
+        ["steps=-3", "set method.transform.kronecker.training.steps="],
     ),
     ("method=duquant method.transform.duquant.block=0", ["block=0", "set method.transform.duquant.block="]),
     ("method.inputs=flaot", ["method.inputs", "did you mean float"]),

@@ -113,7 +113,7 @@ class TestLearning:
         view, made = folded("llama"), method(3, steps=40, batch=6)
         learner = made.transform["learned_rotation"]
         assert isinstance(learner, LearnedRotation)
-        inserts, losses, _ = learner.learn(learner.sites(view), {}, objective(view, made), torch.Generator(), iter)
+        inserts, losses = learner.learn(learner.sites(view), {}, objective(view, made), torch.Generator(), iter)
         assert sum(losses[-10:]) < sum(losses[:10])
         for insert in inserts.values():
             size = insert.map.size

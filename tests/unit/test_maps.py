@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.core.compound_maps import AcrossHeads, Chain, PerHead, map_from_state
+from qexp.core.compound_maps import AcrossHeads, Chain, HeadMaps, PerHead, map_from_state
 from qexp.core.hadamard import Hadamard, hadamard_from_state, randomized_hadamard
 from qexp.core.maps import Dense, Diagonal, Kronecker, LinearMap, Permutation
 
@@ -35,6 +35,8 @@ def maps() -> dict[str, LinearMap]:
         "kronecker": Kronecker(invertible(4, 8), invertible(6, 9)),
         "per_head": PerHead(invertible(6, 2), 4),
         "across_heads": AcrossHeads(invertible(4, 3), 6),
+        "head_diagonals": HeadMaps(draw(4, 6, seed=8).exp()),
+        "head_matrices": HeadMaps(torch.eye(6).double() + 0.1 * draw(4, 6, 6, seed=9)),
         "full_from_parts": Chain((AcrossHeads(Hadamard(12, None), 2), PerHead(Hadamard(2, None), 12))),
         "chain": Chain((Diagonal(draw(24, seed=4).exp()), invertible(24, 5), randomized_hadamard(24, generator))),
     }

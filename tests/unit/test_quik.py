@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from stage_members import member
 from torch import Tensor
 from toy_models import tokens, view_of
-from toy_recipes import linear_of, recipe, stream_into, transform_named
+from toy_recipes import a_run, linear_of, recipe, scene_of, stream_into, transform_named
 
 from qexp.core.errors import UserError
 from qexp.core.linear import InputPath, QuantLinear
@@ -103,7 +105,8 @@ def quantized() -> tuple[ModelView, Method]:
     view = view_of("llama")
     plan = plan_of(view, made, 0)
     stream, kwargs = stream_into(view, 0, tokens(6))
-    quantize_block(plan, 0, stream, kwargs)
+    with TemporaryDirectory() as folder:
+        quantize_block(plan, scene_of(view, 0, stream, kwargs), a_run(Path(folder)))
     return view, made
 
 
@@ -143,7 +146,7 @@ def test_a_map_behind_kept_columns_is_refused() -> None:
 
     stream, kwargs = stream_into(view, 0, tokens())
     with pytest.raises(UserError, match="outlier_columns, which would mix the kept channels"):
-        transform_block(plan, 0, stream, kwargs)
+        transform_block(plan, scene_of(view, 0, stream, kwargs), stream)
 
 
 def test_a_role_that_is_none_is_refused() -> None:

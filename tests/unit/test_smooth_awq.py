@@ -10,7 +10,7 @@ import torch
 from stage_members import member
 from torch import Tensor
 from toy_models import distance, logits, tokens, view_of
-from toy_recipes import recipe, stream_into, transform, transform_named
+from toy_recipes import recipe, scene_of, stream_into, transform, transform_named
 
 from qexp.core.errors import UserError
 from qexp.core.maps import Diagonal, LinearMap
@@ -218,7 +218,7 @@ def test_micro_batches_choose_the_same_factors():
     for view in (whole, split):
         stream, kwargs = stream_into(view, 0, tokens())
         stream = [x for batch in stream for x in batch.split(1)] if view is split else stream
-        transform_block(plan_of(view, recipe("awq", w=3), 0), 0, stream, kwargs)
+        transform_block(plan_of(view, recipe("awq", w=3), 0), scene_of(view, 0, stream, kwargs), stream)
     for ours, theirs in zip(whole.blocks[0].parameters(), split.blocks[0].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 

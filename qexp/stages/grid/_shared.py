@@ -7,6 +7,7 @@ ties keep the wider range. It is vectorised over rows in chunks: the peak is a f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from qexp.core.words import FULL_BITS, Layer
 
 Range = tuple[Tensor, Tensor]
 """The lower and upper end of every slice, each [O, G], with zero between them."""
+
+RANGES = ("minmax", "mse", "diag_h", "output")
+BLIND = {"minmax": "minmax", "mse": "mse", "diag_h": "mse", "output": "minmax"}
+"""What stands for a rule without a Hessian: in a search that rounds candidates; a solver gets one (``needs``)."""
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # stays in a core's cache; fills a GPU without filling its memory
 
@@ -54,6 +59,12 @@ def clip(ends: Range, ratio: float) -> Range:
     return torch.maximum(ends[0], -limit), torch.minimum(ends[1], limit)
 
 
+def candidates(rule: str, grid: int, steps: int) -> list[Callable[[Range], Range]]:
+    """Return the changes of a range that a rule searches: times 1 - i / ``grid``, i below ``steps``."""
+    change = clip if rule == "output" else shrink
+    return [partial(change, ratio=1 - i / grid) for i in range(steps)]
+
+
 def search_range(
     W_OGg: Tensor,
     candidates: Iterable[Callable[[Range], Range]],
@@ -89,10 +100,13 @@ def _search_rows(
     return best
 
 
-def measure_of(rule: str, H_JJ: Tensor | None, exponent: float, outputs: int, group: int) -> Callable[[Tensor], Tensor]:
+def measure_of(
+    rule: str, H_JJ: Tensor | None, exponent: float, outputs: int, group: int, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
     """Return what a rounding error costs by a rule: mse, diag_h or output."""
     if H_JJ is None or rule == "mse":
         return power_error(exponent)
+    H_JJ = H_JJ.to(dtype)
     return weighted_error(H_JJ.diagonal(), outputs, group) if rule == "diag_h" else output_error(H_JJ, group)
 
 

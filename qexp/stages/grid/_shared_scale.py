@@ -1,20 +1,28 @@
 """Scales of uniform grids: from a range by convention, as they are stored, and differentiable.
 
-Conventions: see ``integer.py``; a symmetric one divides the largest magnitude by a number of steps.
+Conventions (a = largest magnitude of a slice, [lo, hi] its range with zero inside):
+    restricted      s = a / (2^(b-1) - 1)   z = 2^(b-1)        QuaRot, SmoothQuant: ±a are levels
+    half_step       s = 2a / (2^b - 1)      z = 2^(b-1)        GPTQ --sym: +a is cut by half a step
+    full_unsigned   s = a / 2^(b-1)         z = 2^(b-1)        AWQ eq. 1: +a is cut by a whole step
+    full_signed     s = ±a / 2^(b-1)        z = 2^(b-1)        auto-round: the extreme element is code 0, exactly
+    asymmetric      s = (hi - lo) / (2^b - 1)  z = round(-lo / s), stored as an integer
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qexp.core.errors import NumericalError
+from qexp.core.straight import rounded, straight
 from qexp.stages.grid._shared import Range, slices
 
 log = logging.getLogger(__name__)
 
+SYMMETRIES = ("restricted", "half_step", "full_unsigned", "full_signed", "asymmetric")
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 
 
@@ -29,20 +37,30 @@ def exact_scale(ends: Range, bits: int, symmetry: str) -> Tensor:
     return torch.maximum(-lo, hi) / steps
 
 
-def imitate(W_OI: Tensor, bits: int, group: int, symmetry: str, clip: float) -> Tensor:
-    """Return W on the grid of its plain ranges times ``clip``; gradients reach the ranges and pass the rounding."""
-    W, top = slices(W_OI, group), (1 << bits) - 1
-    ends = W.amin(-1, keepdim=True).clamp(max=0) * clip, W.amax(-1, keepdim=True).clamp(min=0) * clip
-    scale = exact_scale(ends, bits, symmetry)
-    scale = torch.where(scale == 0, 1, scale)
-    zero = _straight(-ends[0] / scale).clamp(0, top) if symmetry == "asymmetric" else 1 << (bits - 1)
-    rounded = ((_straight(W / scale) + zero).clamp(0, top) - zero) * scale
-    return rounded.reshape(W_OI.shape)
+@dataclass(frozen=True)
+class Imitation:
+    """What rounding to a uniform grid depends on."""
 
+    bits: int
+    group: int
+    symmetry: str
+    clip: float
+    dtype: str
 
-def _straight(values: Tensor) -> Tensor:
-    """Return the rounded values with the gradient of the values."""
-    return values + (values.round() - values).detach()
+    def __call__(self, W_OI: Tensor, ratios: Tensor | None) -> Tensor:
+        """Return W on the grid of its ranges times ``clip`` and ratios [O, G, 2]; gradients reach the ranges.
+
+        Scales are met as they are stored: the weight that is learned on is the one that is kept. Gradients go straight
+        through the zero point, too: a weight that is cut follows the end of the range.
+        """
+        W, top = slices(W_OI, self.group), (1 << self.bits) - 1
+        cuts = W.new_ones(1, 1, 2) if ratios is None else ratios.to(W)
+        down, up = (self.clip * cut[..., None] for cut in cuts.unbind(-1))
+        ends = W.amin(-1, keepdim=True).clamp(max=0) * down, W.amax(-1, keepdim=True).clamp(min=0) * up
+        scale = exact_scale(ends, self.bits, self.symmetry)
+        scale = straight(scale, stored_scale(scale.detach(), self.dtype))
+        zero = rounded(-ends[0] / scale).clamp(0, top) if self.symmetry == "asymmetric" else 1 << (self.bits - 1)
+        return (((rounded(W / scale) + zero).clamp(0, top) - zero) * scale).reshape(W_OI.shape)
 
 
 def stored_scale(scale: Tensor, dtype: str) -> Tensor:
@@ -53,8 +71,8 @@ def stored_scale(scale: Tensor, dtype: str) -> Tensor:
     exact = torch.where(scale == 0, 1, scale)
     if dtype == "float32":
         return exact
-    rounded = exact.to(getattr(torch, dtype)).to(exact.dtype)
-    return torch.where(rounded == 0, exact.sign() * _least(dtype), rounded)
+    kept = exact.to(getattr(torch, dtype)).to(exact.dtype)
+    return torch.where(kept == 0, exact.sign() * _least(dtype), kept)
 
 
 def check_scale(scale: Tensor, dtype: str) -> None:

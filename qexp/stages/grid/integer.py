@@ -1,11 +1,6 @@
 """Uniform integer grid: w ≈ s (q - z) with q in 0 .. 2^b - 1 and one (s, z) per tensor, row or group of columns.
 
-Codes are always unsigned. Five conventions (a = largest magnitude of a slice, [lo, hi] its range with zero inside):
-    restricted      s = a / (2^(b-1) - 1)   z = 2^(b-1)        QuaRot, SmoothQuant: ±a are levels
-    half_step       s = 2a / (2^b - 1)      z = 2^(b-1)        GPTQ --sym: +a is cut by half a step
-    full_unsigned   s = a / 2^(b-1)         z = 2^(b-1)        AWQ eq. 1: +a is cut by a whole step
-    full_signed     s = ±a / 2^(b-1)        z = 2^(b-1)        auto-round: the extreme element is code 0, exactly
-    asymmetric      s = (hi - lo) / (2^b - 1)  z = round(-lo / s), stored as an integer
+Codes are always unsigned; conventions of s and z are those of ``_shared_scale.py``.
 Range rules: minmax; mse (GPTQ's search, sum |e|^2.4); diag_h (sum H_jj e²); output (AWQ's clip, e H_gg eᵀ).
 
 Source: methods/rtn.md section 3; arXiv:2210.17323 (grid and search of its code); arXiv:2306.00978 (clip search).
@@ -17,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -28,9 +22,6 @@ from qexp.core.words import Layer, Params
 from qexp.stages.grid import _shared as shared
 from qexp.stages.grid import _shared_scale as scales
 from qexp.stages.grid._shared_sweep import sweep
-
-SYMMETRIES = ("restricted", "half_step", "full_unsigned", "full_signed", "asymmetric")
-RANGES = ("minmax", "mse", "diag_h", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +58,8 @@ class Integer:
 
     def check(self, layer: Layer) -> None:
         """Raise UserError if a setting is unknown or the layer's shape does not fit."""
-        choose("grid.symmetry", self.symmetry, SYMMETRIES, "method.grid.symmetry")
-        choose("grid.range", self.range, RANGES, "method.grid.range")
+        choose("grid.symmetry", self.symmetry, scales.SYMMETRIES, "method.grid.symmetry")
+        choose("grid.range", self.range, shared.RANGES, "method.grid.range")
         if not 0 < self.clip <= 1:
             raise UserError(f"grid.clip={self.clip}", "a ratio in (0, 1]", "method.grid.clip=1.0")
         choose("grid.scale_dtype", self.scale_dtype, scales.SCALE_BITS, "method.grid.scale_dtype")
@@ -101,9 +92,24 @@ class Integer:
         """Round columns in turn, errors fed forward: see ``kernels.sweep``."""
         return sweep(T_JO, E_JO, M_JJ, params, self.bits)
 
-    def imitate(self, W_OI: Tensor) -> Tensor:
+    def imitate(self, W_OI: Tensor, ratios: Tensor | None = None) -> Tensor:
         """Return the weight rounded by its plain ranges, differentiable: what learned members see of this grid."""
-        return scales.imitate(W_OI, self.bits, self.group, self.symmetry, self.clip)
+        return scales.Imitation(self.bits, self.group, self.symmetry, self.clip, self.scale_dtype)(W_OI, ratios)
+
+    @property
+    def top(self) -> int:
+        """Return the largest code."""
+        return (1 << self.bits) - 1
+
+    def spacing(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Return scale and zero [O, G] in the dtype of the scale."""
+        scale = params["scale"]
+        return scale, params["zero"].to(scale) if "zero" in params else torch.full_like(scale, 1 << (self.bits - 1))
+
+    def stored(self, scale: Tensor, zero: Tensor) -> Params:
+        """Return the parameters that keep a scale and, where the grid has its own, a zero."""
+        own = {"zero": zero.round().clamp(0, self.top).to(torch.uint8)} if self.symmetry == "asymmetric" else {}
+        return {"scale": scales.stored_scale(scale, self.scale_dtype), **own}
 
     def cost(self, outputs: int, inputs: int) -> float:
         """Return bits per weight: the code, and per slice its scale and, packed at b bits, its zero point."""
@@ -129,21 +135,15 @@ class Integer:
 
     def _range(self, W_OJ: Tensor, H_JJ: Tensor | None) -> shared.Range:
         """Return the range of every slice by this grid's rule."""
-        W_OGg, rule = shared.slices(W_OJ, self.group), self.range
-        if H_JJ is None:  # only in a search that rounds candidates: a solver gets the Hessian (``needs``)
-            rule = {"diag_h": "mse", "output": "minmax"}.get(rule, rule)
+        W_OGg, rule = shared.slices(W_OJ, self.group), self.range if H_JJ is not None else shared.BLIND[self.range]
         if rule == "minmax":
             return shared.shrink(shared.extremes(W_OGg), self.clip)
-        change = shared.clip if rule == "output" else shared.shrink
-        candidates = [partial(change, ratio=1 - i / self.shrink_grid) for i in range(self.shrink_steps)]
-        H_JJ = None if H_JJ is None else H_JJ.to(W_OJ.dtype)
-        measure = shared.measure_of(rule, H_JJ, self.exponent, len(W_OJ), self.group)
-        return shared.search_range(W_OGg, candidates, self._quantize, measure)
+        measure = shared.measure_of(rule, H_JJ, self.exponent, len(W_OJ), self.group, W_OJ.dtype)
+        return shared.search_range(
+            W_OGg, shared.candidates(rule, self.shrink_grid, self.shrink_steps), self._quantize, measure
+        )
 
     def _params(self, ends: shared.Range) -> Params:
         """Return scale and zero [O, G] as they are stored; slices of zeros get scale 1."""
         scale = scales.stored_scale(scales.exact_scale(ends, self.bits, self.symmetry), self.scale_dtype)
-        if self.symmetry != "asymmetric":
-            return {"scale": scale}
-        zero = torch.round(-ends[0] / scale).clamp_(0, (1 << self.bits) - 1)
-        return {"scale": scale, "zero": zero.to(torch.uint8)}
+        return self.stored(scale, -ends[0] / scale)

@@ -72,6 +72,20 @@ class Midrise:
         levels = codes.to(scale.dtype).reshape(*scale.shape, -1).sub_(self._top / 2)
         return levels.mul_(scale[..., None]).reshape(codes.shape)
 
+    @property
+    def top(self) -> int:
+        """Return the largest code."""
+        return self._top
+
+    def spacing(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Return scale and zero [O, G]."""
+        scale = params["scale"]
+        return torch.where(scale == 0, 1, scale), torch.full_like(scale, self._top / 2)
+
+    def stored(self, scale: Tensor, zero: Tensor) -> Params:
+        """Return the parameters that keep a scale."""
+        return {"scale": scales.stored_scale(scale, "float16")}
+
     def cost(self, outputs: int, inputs: int) -> float:
         """Return bits per weight: the code, and per slice its scale."""
         columns = {-1: inputs, 0: outputs * inputs}.get(self.group, self.group)

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from qexp.core.ranges import over
 from qexp.core.stages import Grid
 from qexp.core.words import Params
 
@@ -62,7 +63,8 @@ class Sweep:
         width = self.grid.group
         for lo in range(0, len(self.T_IO), width):
             hi = lo + width
-            for name, p in self.grid.fit(self._corrected(lo, hi), H_II[lo:hi, lo:hi]).items():
+            fitted = over(self.grid, lo // width).fit(self._corrected(lo, hi), H_II[lo:hi, lo:hi])
+            for name, p in fitted.items():
                 if name not in self.params:
                     self.params[name] = p.new_empty(len(self.T_IO), len(p), *p.shape[2:])
                 self.params[name][lo:hi] = p.transpose(0, 1)

@@ -13,7 +13,7 @@ behind P_v, where v is rounded; the loss is not divided by its own value, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from qexp.core.compound_maps import AcrossHeads, Chain, PerHead
-from qexp.core.errors import UserError
-from qexp.core.learned import NO_CLIPS, Clips, Learned, Objective
+from qexp.core.learned import NO_CLIPS, Clips, Made, Part
 from qexp.core.maps import Dense, Diagonal, Kronecker
-from qexp.core.minimise import Knobs, in_turn, minimise
+from qexp.core.minimise import Knobs
 from qexp.core.stages import Sites, Surroundings
+from qexp.core.training import Training
 from qexp.core.words import Insert, Site
 from qexp.stages.transform._shared import random_orthogonal, smaller_side
 
@@ -37,7 +37,7 @@ DEAD = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerMaps:
-    """``alpha`` of the first scale; ``rate`` of AdamW over ``steps`` batches of ``batch`` sequences, in turn.
+    """``alpha`` of the first scale; ``rate`` of maps and scales.
 
     ``clip_rate`` is that of the clips, of activations and of the ranges of weights, 0 for none.
     """
@@ -45,24 +45,15 @@ class KroneckerMaps:
     alpha: float
     scale: bool
     keys: bool
-    steps: int
-    batch: int
     rate: float
     clip_rate: float
-    decay: float
+    training: Training
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
     after: ClassVar[tuple[str, ...]] = ()
     inserts: ClassVar[str] = "dense"
     scope: ClassVar[str] = "block"
-
-    def __post_init__(self) -> None:
-        """Raise UserError for a batch or number of steps that means nothing."""
-        if self.batch < 1 or self.steps < 0:
-            got = f"kronecker.batch={self.batch}, steps={self.steps}"
-            key = "batch=4" if self.batch < 1 else "steps=480"
-            raise UserError(got, "at least one sequence and no negative steps", f"method.transform.kronecker.{key}")
 
     def sites(self, model: Sites) -> list[Site]:
         """Return every input of a linear, the values, and queries and keys."""
@@ -72,31 +63,18 @@ class KroneckerMaps:
         """Return the start: a random orthogonal map and, where there is one, the first scale."""
         return _insert(site, self._start(site, around, rng))
 
-    def learn(
-        self,
-        sites: Sequence[Site],
-        around: Mapping[str, Surroundings],
-        objective: Objective,
-        rng: torch.Generator,
-        track: Callable[[range], Iterable[int]],
-    ) -> Learned:
-        """Return the maps of one block, and the loss of every step."""
+    def part(self, sites: Sequence[Site], around: Mapping[str, Surroundings], rng: torch.Generator) -> Part:
+        """Return the maps of one block, and the clips, as they are learned."""
         leaves = {site.name: self._start(site, around[site.name], rng) for site in sites}
         clips = self._clips(sites, around)
         tensors = [tensor.requires_grad_() for parts in leaves.values() for tensor in parts.values()]
-
-        def loss(step: int) -> float:
-            chosen = in_turn(step, self.batch, len(objective))
-            with torch.enable_grad():
-                inserts = {site.name: _insert(site, leaves[site.name]) for site in sites}
-                return objective(inserts, chosen, True, clips.each(torch.sigmoid))
-
         logits = [*clips.acts.values(), *clips.weights.values()]
-        knobs = [Knobs(tensors, self.rate), *([Knobs(logits, self.clip_rate)] if logits else [])]
-        losses = minimise(knobs, loss, track(range(self.steps)), self.steps, self.decay)
-        found = {name: {part: t.detach() for part, t in parts.items()} for name, parts in leaves.items()}
-        inserts = {site.name: _insert(site, found[site.name]) for site in sites}
-        return Learned(inserts, losses, clips.each(lambda logit: logit.detach().sigmoid()))
+        knobs = [Knobs("maps", tensors, self.rate), *([Knobs("clips", logits, self.clip_rate)] if logits else [])]
+
+        def make() -> Made:
+            return Made({site.name: _insert(site, leaves[site.name]) for site in sites}, clips.each(torch.sigmoid))
+
+        return Part(knobs, make)
 
     def _clips(self, sites: Sequence[Site], around: Mapping[str, Surroundings]) -> Clips:
         """Return the logits of all clips."""
@@ -104,7 +82,7 @@ class KroneckerMaps:
             return NO_CLIPS
         inputs = [site for site in sites if site.kind in CLIPPED]
         weights = {
-            reader: torch.full((len(W), 2), CLIP_START).requires_grad_()
+            reader: torch.full((len(W), 1, 2), CLIP_START).requires_grad_()
             for site in inputs
             for reader, W in zip(site.readers, around[site.name].weights, strict=True)
         }

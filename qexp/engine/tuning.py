@@ -1,0 +1,145 @@
+"""Training after rounding. Block scope: the norms of a block right after its layers; the next block sees the tuned one.
+
+Model scope: what decodes the codes, end to end down the next token's loss, one block's graph at a time; the state of a
+killed run is on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qexp.core.learned import BlockTuner, Made, ModelTuner, Rounding
+from qexp.core.minimise import Descent, Memory, Outcome, minimise
+from qexp.core.rng import generator
+from qexp.core.stages import Method
+from qexp.core.training import Training
+from qexp.core.words import Quantized
+from qexp.engine.candidate import Candidate, quantizers
+from qexp.engine.context import Run
+from qexp.engine.learning import NextToken
+from qexp.engine.reconstruct import Lesson, Scene, Story, reconstruct
+from qexp.engine.rounding import norms_of, put_norms
+from qexp.engine.solving import Plan, plan_of
+from qexp.engine.store import Finished, read
+from qexp.models.view import ModelView
+
+Decodings = Mapping[str, Rounding]
+
+
+@torch.no_grad()
+def tune_block(plan: Plan, scene: Scene) -> dict[str, Story]:
+    """Let the recipe's tuners change the norms of a quantized block; return how it went by name."""
+    stories = {}
+    for name, tuner in plan.method.tuner.items():
+        if not isinstance(tuner, BlockTuner):
+            continue
+        part = tuner.norms(norms_of(plan, scene.block))
+        stories[name] = reconstruct(plan, scene, Lesson(name, tuner.training, [part]))
+        put_norms(plan, stories[name].made.weights)
+    return stories
+
+
+@torch.no_grad()
+def tune_model(view: ModelView, tokens: Tensor, method: Method, run: Run) -> dict[str, list[float]]:
+    """Let the recipe's tuners of model scope train the quantized model; return their losses by name."""
+    losses, plan = {}, plan_of(view, method, run.seed, run.progress)
+    for name, tuner in method.tuner.items():
+        if not isinstance(tuner, ModelTuner):
+            continue
+
+        def make(name: str = name, tuner: ModelTuner = tuner) -> Finished:
+            return _tuned(plan, tokens, name, tuner, run)
+
+        finished = run.store.once(f"tuned-{name}", make)
+        for layer, params in finished.facts["params"].items():
+            linear = view.linear(layer)
+            assert linear.grid is not None and linear.codes is not None
+            decoding = {p: finished.tensors[f"{layer}.{p}"].to(linear.codes.device) for p in params}
+            linear.install(linear.grid, Quantized(linear.codes, decoding, linear.kept))
+        losses[name] = finished.facts["losses"]
+    return losses
+
+
+def _tuned(plan: Plan, tokens: Tensor, name: str, tuner: ModelTuner, run: Run) -> Finished:
+    """Return the parameters of every quantized layer after training."""
+    decodings = {}
+    for layer in plan.grids:
+        linear = plan.view.linear(layer)
+        assert linear.grid is not None and linear.codes is not None
+        decodings[layer] = tuner.decoding(Quantized(linear.codes, linear.params, linear.kept), linear.grid)
+    memory = _Disk(run, f"{name}.state")
+    outcome = _descend(plan, NextToken(plan.view, tokens, run.folder), tuner.training, decodings, name, memory)
+    memory.path.unlink(missing_ok=True)
+    params = {layer: decoding.quantized().params for layer, decoding in decodings.items()}
+    tensors = {f"{layer}.{p}": value.cpu().contiguous() for layer, own in params.items() for p, value in own.items()}
+    facts = {"params": {layer: sorted(own) for layer, own in params.items()}, "losses": outcome.losses}
+    return Finished(tensors, facts)
+
+
+def _descend(
+    plan: Plan, loss: NextToken, training: Training, decodings: Decodings, name: str, memory: Memory
+) -> Outcome:
+    descent = _EndToEnd(plan, loss, training, decodings)
+    course = training.course(descent.train, generator(plan.seed, name))
+    knobs = [knob for decoding in decodings.values() for knob in decoding.knobs]
+    with quantizers(plan.view, plan.method, range(len(plan.view.blocks)) if training.quantize_inputs else ()):
+        return minimise(knobs, course, descent, partial(plan.progress, f"learn {name}"), memory)
+
+
+class _EndToEnd(Descent):
+    """The next token's loss in what decodes the codes of all layers."""
+
+    def __init__(self, plan: Plan, loss: NextToken, training: Training, decodings: Decodings) -> None:
+        self.plan, self.loss, self.training, self.decodings = plan, loss, training, decodings
+        self.candidate = Candidate(plan.view, [])
+        self.train, self.held_out = training.split(len(loss.tokens))
+
+    def step(self, chosen: Sequence[int]) -> float:
+        """Return the loss; micro-batches have gradients one after the other."""
+        micro, total = self.training.micro or len(chosen), 0.0
+        for some in (chosen[i : i + micro] for i in range(0, len(chosen), micro)):
+            share = len(some) / len(chosen)
+            total += share * self.loss.descend(self._answer, some, share=share)
+        return total
+
+    def measure(self) -> float:
+        """Return the loss of the sequences that are held out."""
+        return self.loss.measure(self._answer, self.held_out)
+
+    def _answer(self, block: int, x: Tensor) -> Tensor:
+        weights = {}
+        for layer in (
+            a.name for group in self.plan.view.groups(block) for a in group.layers if a.name in self.decodings
+        ):
+            W, kept = self.decodings[layer].rounded(), self.plan.view.linear(layer).kept
+            weights[f"{layer}.weight"] = W if kept is None else torch.cat([W, kept.to(W)], dim=1)
+        made = Made(weights=weights)
+        return self.candidate.answer(made, block, dict(made.weights), x, self.loss.kwargs[block])
+
+
+class _Disk(Memory):
+    """The state of a descent in the run's folder, replaced as a whole."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.path = run.folder / "blocks" / f"{name}.safetensors"
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return what was saved last, None if nothing was."""
+        if not self.path.exists():
+            return None
+        found = read(self.path)
+        return found.tensors, found.facts
+
+    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write beside and rename."""
+        import json
+
+        part = self.path.with_suffix(".part")
+        save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata={"facts": json.dumps(facts)})
+        part.replace(self.path)

@@ -1,0 +1,70 @@
+"""Train the steps of all quantized weights end to end, codes and zero points frozen (EfficientQAT's E2E-QP).
+
+    ŵ = s (q - z),  dŵ/ds = q - z
+down the next token's loss of the whole model. It follows any solver that leaves a uniform grid's codes.
+
+Source: arXiv:2407.11062 section 3.3, code 78fd3fb, methods/efficientqat.md.
+Differs: AdamW in float32 and not bitsandbytes'; one block's graph at a time in place of checkpointing inside the model;
+the state is chosen on held-out sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+from torch import Tensor
+
+from qexp.core.errors import UserError
+from qexp.core.minimise import Knobs
+from qexp.core.ranges import Uniform
+from qexp.core.stages import Grid
+from qexp.core.straight import slices, straight
+from qexp.core.training import Training
+from qexp.core.words import Quantized
+
+FLOOR = 1e-6  # of a step, as a share of where it starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class E2eQp:
+    """``rate`` of the steps; at 2 bits ``low_bit_factor`` times as much."""
+
+    rate: float
+    low_bit_factor: float
+    training: Training
+
+    version: ClassVar[int] = 1
+
+    def decoding(self, quantized: Quantized, grid: Grid) -> Steps:
+        """Return the steps of one weight. Raises: UserError for a grid that is not uniform."""
+        if not isinstance(grid, Uniform):
+            raise UserError(f"e2e_qp on a {type(grid).__name__}", "a uniform grid", "method/tuner=[]")
+        return Steps(quantized, grid, self.rate * (self.low_bit_factor if grid.bits == 2 else 1.0))
+
+
+class Steps:
+    """The steps of one weight, whose codes stay."""
+
+    def __init__(self, quantized: Quantized, grid: Grid, rate: float) -> None:
+        self.codes, self.grid = quantized.codes, cast("Uniform", grid)
+        self.begun, self.zero = self.grid.spacing(quantized.params)
+        self.scale = self.begun.clone().requires_grad_()
+        self.knobs: Sequence[Knobs] = [Knobs("steps", [self.scale], rate)]
+
+    def rounded(self) -> Tensor:
+        """Return the weight [O, I]."""
+        met = straight(self.scale, self.grid.stored(self._kept(), self.zero)["scale"])
+        levels = slices(self.codes.to(met), self.begun.shape[1]) - self.zero[..., None]
+        return (levels * met[..., None]).flatten(1)
+
+    def quantized(self) -> Quantized:
+        """Return the codes as they were, and the steps."""
+        return Quantized(self.codes, self.grid.stored(self._kept(), self.zero))
+
+    def project(self) -> None:
+        """The floor is in the forward pass."""
+
+    def _kept(self) -> Tensor:
+        return (self.scale.detach() / self.begun).clamp(min=FLOOR) * self.begun
