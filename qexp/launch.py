@@ -202,10 +202,12 @@ def _plain(member: Any, key: str) -> Any:
 
 
 def _digest_of(path: Path, key: str) -> str:
-    """Return the sha256 of a file's contents. Raises: UserError if there is none."""
-    if not path.is_file():
-        raise UserError(f"{key}={path} does not exist", "a file that a run has left in its blocks folder", f"{key}=''")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return the sha256 of a file's contents, or of all in a folder. Raises: UserError if there is none."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        raise UserError(f"{key}={path} does not exist, or is empty", "what a run has left there", f"{key}=''")
+    digests = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return digests if path.is_file() else hashlib.sha256(digests.encode()).hexdigest()
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -36,7 +36,8 @@ class Training:
     ``quantize_inputs``: with the recipe's activation and key/value quantizers on.
     ``held_out``: share of the sequences for choosing only; ``select`` best of them or last; ``floor``: rtn (plain
     rounding is a candidate, too) or none; measured every ``measure_every`` steps (0: every epoch); ``patience`` of so
-    many measurements without a gain of ``min_gain``, 0 for endless.
+    many measurements without a gain of ``min_gain``, 0 for endless. ``load``: the folder ``learned`` of another run, to
+    start where it ended.
     """
 
     student: str
@@ -64,6 +65,7 @@ class Training:
     measure_every: int
     patience: int
     min_gain: float
+    load: str
 
     def check(self, key: str) -> None:
         """Raise UserError for settings that mean nothing; ``key`` is where they are in the config."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qexp.core.errors import UserError, choose
@@ -72,6 +73,11 @@ def check_model(view: ModelView, method: Method) -> None:
 
     for name, transform in method.transform.items():
         loaded(view, name, transform)
+    for key, training in trainings(method).items():
+        files = [Path(training.load) / f"{block:05d}.safetensors" for block in range(len(view.blocks))]
+        if training.load and not all(file.is_file() for file in files):
+            override = f"method.{key}.training.load=''"
+            raise UserError(f"{training.load} lacks files of some blocks", "the folder learned of a run", override)
     grids = plan_of(view, method, 0).grids
     sites = [(transform, site) for transform in method.transform.values() for site in transform.sites(view)]
     kept = {reader: t.kept(site.size) for t, site in sites if isinstance(t, Keeping) for reader in site.readers}

@@ -17,17 +17,12 @@ def keep_learned(run: Run, report: BlockReport, stories: Mapping[str, Story]) ->
     """Put curves and figures of what was learned into the report, and its tensors into the run's folder."""
     report.losses = {name: thinned(story.outcome.losses) for name, story in stories.items()}
     report.learned = {name: story.facts() for name, story in stories.items()}
-    tensors = {
-        f"{name}.{i}.{key}": tensor.cpu().contiguous()
-        for name, story in stories.items()
-        for i, part in enumerate(story.parts)
-        for key, tensor in part.tensors().items()
-    }
+    tensors = {n: t.cpu().contiguous() for story in stories.values() for n, t in story.tensors.items()}
     if tensors:
         folder = run.folder / "learned"
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{report.index:05d}.part"
-        save_file(tensors, part)
+        save_file(tensors, part, metadata={"facts": "{}"})
         part.replace(folder / f"{report.index:05d}.safetensors")
 
 

@@ -17,11 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import or_
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qexp.core.distance import distance
+from qexp.core.errors import UserError
 from qexp.core.learned import NOTHING_MADE, Made, Part
 from qexp.core.minimise import Descent, Outcome, minimise
 from qexp.core.rng import generator
@@ -29,6 +31,7 @@ from qexp.core.training import Training
 from qexp.core.words import Site
 from qexp.engine.candidate import Candidate, Weights, quantizers
 from qexp.engine.solving import Grids, Plan
+from qexp.engine.store import read
 from qexp.engine.streams import Keep, Kwargs, Stream, advance, take
 from qexp.models.view import ModelView
 
@@ -67,6 +70,11 @@ class Lesson:
     sites: Sequence[Site] = ()
     grids: Grids = field(default_factory=dict)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is learned by name, as it is kept on disk."""
+        parts = enumerate(self.parts)
+        return {f"{self.name}.{i}.{key}": t for i, part in parts for key, t in part.tensors().items()}
+
 
 @dataclass
 class Story:
@@ -76,7 +84,7 @@ class Story:
     outcome: Outcome
     plain: float  # the measure of plain rounding
     seconds: float
-    parts: Sequence[Part]
+    tensors: Mapping[str, Tensor]
     more: dict[str, float] = field(default_factory=dict)
 
     def facts(self) -> dict[str, float]:
@@ -201,6 +209,8 @@ def reconstruct(plan: Plan, scene: Scene, lesson: Lesson) -> Story:
     track = partial(plan.progress, f"learn {name}, block {scene.block}")
     raised = 1 + training.depth * scene.block / len(plan.view.blocks)
     course = training.course(descent.train, generator(plan.seed, name, scene.block), raised)
+    if training.load:
+        take_up(lesson, scene.block)
     plain = descent.plain()
     outcome = minimise(knobs, course, descent, track)
     if outcome.degraded:
@@ -212,7 +222,20 @@ def reconstruct(plan: Plan, scene: Scene, lesson: Lesson) -> Story:
         made = descent.made()
     if training.floor == "rtn" and training.select == "best" and plain < outcome.best:
         made = NOTHING_MADE
-    return Story(made, outcome, plain, time.perf_counter() - began, lesson.parts)
+    return Story(made, outcome, plain, time.perf_counter() - began, lesson.tensors())
+
+
+def take_up(lesson: Lesson, block: int) -> None:
+    """Let the parts start where those of another run have ended (``training.load``).
+
+    Raises: UserError if that run has learned something else.
+    """
+    kept = read(Path(lesson.training.load) / f"{block:05d}.safetensors").tensors
+    for name, tensor in lesson.tensors().items():
+        if name not in kept or kept[name].shape != tensor.shape:
+            got = f"{lesson.training.load} holds no {name} of shape {list(tensor.shape)} for block {block}"
+            raise UserError(got, "a run of this recipe on this model", "training.load='' of that member")
+        tensor.copy_(kept[name])
 
 
 def half_to_float(x: Tensor) -> Tensor:

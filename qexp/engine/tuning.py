@@ -42,6 +42,7 @@ def tune_block(plan: Plan, scene: Scene) -> dict[str, Story]:
         part = tuner.norms(norms_of(plan, scene.block))
         stories[name] = reconstruct(plan, scene, Lesson(name, tuner.training, [part]))
         put_norms(plan, stories[name].made.weights)
+        plan.view.replays.clear()  # what finished layers have answered was behind the old norms
     return stories
 
 

@@ -12,6 +12,7 @@ Record: TypeAlias = Mapping[str, Any]
 Table: TypeAlias = "tuple[list[str | int], list[list[Any]]]"
 
 LAYERS = ("bits", "error", "sqnr_db")
+LEARNED = ("plain", "start", "best", "seconds")  # measures on held-out sequences
 INPUTS = ("kurtosis", "peak", "sqnr_db")
 
 
@@ -23,6 +24,8 @@ def block_rows(record: Record) -> Iterator[dict[str, float]]:
             values = [layer[key] for layer in block["layers"] if layer.get(key) is not None]
             if values:
                 row[f"block/{key}"] = sum(values) / len(values)
+        for name, facts in block.get("learned", {}).items():
+            row |= {f"block/{name}/{key}": facts[key] for key in LEARNED if facts.get(key) is not None}
         yield row
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from qexp.core.errors import NumericalError, UserError
 from qexp.core.words import Layer
 from qexp.stages.grid import _shared as shared
-from qexp.stages.grid.integer import SYMMETRIES, Integer
+from qexp.stages.grid._shared_scale import SYMMETRIES
+from qexp.stages.grid.integer import Integer
 
 GRID = Integer(
     bits=4,

@@ -103,8 +103,8 @@ class Affine:
             return Insert("diagonal", Diagonal(1 / scale), shift)
         A = self._matrix(scale, leaves["beside"], share)
         if site.kind == "value":
-            return Insert("per_head", HeadMaps(torch.linalg.inv(A), A), shift)
-        return Insert("dense", Dense(torch.linalg.inv(A), A))
+            return Insert("per_head", HeadMaps(torch.linalg.inv_ex(A).inverse, A), shift)
+        return Insert("dense", Dense(torch.linalg.inv_ex(A).inverse, A))
 
     def _matrix(self, scale: Tensor, beside: Tensor, share: float) -> Tensor:
         """Return A, float64: the diagonal, and beside it the open band.
