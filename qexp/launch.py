@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import logging
 import platform
@@ -21,7 +20,8 @@ from qexp.core.memory import keep_freed_memory
 from qexp.core.stages import Method
 from qexp.data.calibration import Calibration
 from qexp.engine.context import Run, WarningCollector, cache_folder
-from qexp.engine.fingerprint import claim, digest
+from qexp.engine.fingerprint import claim, digest, digest_of
+from qexp.engine.shelf import PLACES
 from qexp.engine.streams import MICRO_TOKENS
 from qexp.eval.evaluation import Evaluation
 from qexp.models.load import ModelSource
@@ -50,10 +50,12 @@ class Setup:
     device: str
     output_dir: str
     resume: bool
+    streams: str
 
     def check(self) -> None:
         """Raise UserError for what can be known wrong before anything heavy is done."""
-        choose("device", self.device, ("auto", "cpu", "cuda"), "device")
+        for key, known in (("device", ("auto", "cpu", "cuda")), ("streams", PLACES)):
+            choose(key, getattr(self, key), known, key)
         for part in (self.model, self.calibration, self.eval, self.tracking):
             part.check()
         existing = next(p for p in (Path(self.output_dir), *Path(self.output_dir).absolute().parents) if p.exists())
@@ -86,7 +88,7 @@ def begin(setup: Setup) -> Run:
     base = {key: value for key, value in model.items() if key != "outliers"}
     return Run(
         folder=folder, name=name, fingerprint=fingerprint, seed=setup.seed, device=device, progress=track,
-        cache=cache_folder(), model_identity=digest({**base, "device": device}),
+        cache=cache_folder(), model_identity=digest({**base, "device": device}), streams=setup.streams,
     )  # fmt: skip
 
 
@@ -193,21 +195,12 @@ def _plain(member: Any, key: str) -> Any:
     if is_dataclass(member) and not isinstance(member, type):
         values = {f.name: _plain(getattr(member, f.name), f"{key}.{f.name}") for f in fields(member)}
         if values.get("load"):
-            values["load"] = _digest_of(Path(values["load"]), f"{key}.load")
+            values["load"] = digest_of(Path(values["load"]), f"{key}.load")
         return {"class": type(member).__qualname__} | values
     if isinstance(member, Mapping):
         # A list: the order of transforms matters.
         return [[name, _plain(value, f"{key}.{name}")] for name, value in member.items()]
     return list(member) if isinstance(member, tuple | list) else member
-
-
-def _digest_of(path: Path, key: str) -> str:
-    """Return the sha256 of a file's contents, or of all in a folder. Raises: UserError if there is none."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not path.exists() or not files:
-        raise UserError(f"{key}={path} does not exist, or is empty", "what a run has left there", f"{key}=''")
-    digests = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
-    return digests if path.is_file() else hashlib.sha256(digests.encode()).hexdigest()
 
 
 def _remove_if_empty(folder: Path) -> None:

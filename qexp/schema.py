@@ -45,6 +45,7 @@ class QexpConfig:
     device: str = "auto"
     output_dir: str = "outputs"
     resume: bool = True
+    streams: str = "auto"
 
 
 def bits_of(name: str) -> dict[str, Any] | None:

@@ -120,6 +120,15 @@ class BlockTuner(Protocol):
         ...
 
 
+@runtime_checkable
+class NormFactors(Protocol):
+    """A tuner that computes factors of norms from statistics and the weights behind them, and trains nothing."""
+
+    def factors(self, H_II: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the factors [I] of a norm's output, for the (float, quantized) weights of all that read it."""
+        ...
+
+
 class Rounding(Protocol):
     """How one weight is rounded, in learned tensors."""
 

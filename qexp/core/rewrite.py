@@ -36,7 +36,7 @@ def insert(model: nn.Module, site: Site, change: Insert) -> bool:
         _prepare_residual(model, site, change)
     if folded:
         for writer in site.writers:
-            _write(_named(model, writer.name), writer, change)
+            write(_named(model, writer.name), writer, change)
     elif change.shift is not None:
         raise UserError(f"a shift at {site.name}, which has no writers to take it", "a site behind a norm")
     if change.kind != "center":
@@ -68,7 +68,7 @@ def split(model: nn.Module, site: Site, change: Split) -> None:
 def _turn_output(linear: QuantLinear, site: Site, change: Insert) -> bool:
     """Let a linear compute y A and take it back behind the product: A orthogonal, so that its inverse is known."""
     assert change.kind in site.admits and change.shift is None and linear.unmap is None
-    _write(linear, site.writers[0], change)
+    write(linear, site.writers[0], change)
     linear.unmap = change.map
     return False
 
@@ -79,7 +79,7 @@ def _turn_keys(model: nn.Module, site: Site, change: Insert) -> bool:
         got = f"a {change.kind} map of keys at {site.name}, which rotary embeddings do not commute with"
         raise UserError(got, "one of " + ", ".join(sorted(site.admits)))
     writer, queries = site.writers[0], _named(model, site.readers[0])
-    _write(_named(model, writer.name), writer, change)
+    write(_named(model, writer.name), writer, change)
     if writer.kind in (NORM, OFFSET_NORM):
         set_gain(queries, writer.kind, change.map.dual(gain_of(queries, writer.kind)))
         return True
@@ -110,7 +110,7 @@ def _prepare_residual(model: nn.Module, site: Site, change: Insert) -> None:
             )
 
 
-def _write(module: Any, writer: Writer, change: Insert) -> None:
+def write(module: Any, writer: Writer, change: Insert) -> None:
     """Let the writer produce (x + shift) A."""
     apply, shift = change.map.apply, change.shift
     if writer.kind in (NORM, OFFSET_NORM):

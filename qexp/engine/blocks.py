@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qexp.core.learned import LearnedSolver
 from qexp.core.stages import Method
-from qexp.core.words import FULL_BITS, BlockReport
+from qexp.core.words import FULL_BITS, BlockReport, Stats
 from qexp.engine.acting import act_of, calibrate, has_work
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
@@ -29,7 +29,7 @@ from qexp.engine.store import Finished, install, pack_block
 from qexp.engine.streams import Stream, advance, embed
 from qexp.engine.trained import wants_of
 from qexp.engine.transforming import transform_block
-from qexp.engine.tuning import tune_block
+from qexp.engine.tuning import before_rounding, tune_block
 from qexp.models.view import ModelView
 
 
@@ -68,12 +68,14 @@ def quantize_block(plan: Plan, scene: Scene, run: Run) -> Finished:
     view, method, began, block, kwargs = plan.view, plan.method, time.perf_counter(), scene.block, scene.kwargs
     groups, report = view.groups(block), BlockReport(index=block, seconds=0.0)
     source = scene.float if method.inputs == "float" else scene.quantized
-    stories = transform_block(plan, scene, source)
+    stories, seen = transform_block(plan, scene, source), dict[str, Stats]()
+    before = before_rounding(plan, block)
     in_turn = bool(source) and method.inputs == "quantized" and not isinstance(method.solver, LearnedSolver)
     known = observe(view, block, groups, source, kwargs) if source and not in_turn else {}
     for group in groups:
         if in_turn:
             known = observe(view, block, [group], source, kwargs)
+        seen |= known
         calibrate(view, act_of(method, group), group, known.get(group.site))
         if not isinstance(method.solver, LearnedSolver):
             report.layers += solve_group(plan, group, known.get(group.site))
@@ -82,7 +84,7 @@ def quantize_block(plan: Plan, scene: Scene, run: Run) -> Finished:
     if isinstance(method.solver, LearnedSolver):
         report.layers, story = learn_roundings(plan, scene, method.solver, known)
         stories |= {"solver": story} if story else {}
-    stories |= tune_block(plan, scene)
+    stories |= tune_block(plan, scene, before, seen)
     keep_learned(run, report, stories)
     report.seconds = time.perf_counter() - began
     return pack_block(view, block, report)

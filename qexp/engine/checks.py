@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qexp.core.errors import UserError, choose
+from qexp.core.learned import NormFactors
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS
 from qexp.engine.trained import model_trainings, trainings
@@ -39,6 +40,7 @@ def check_method(method: Method, calibrated: bool) -> None:
     for key, training in learned.items():
         training.check(f"method.{key}.training")
     members: list[Any] = [method.grid, method.solver, *method.transform.values()]
+    members += [tuner for tuner in method.tuner.values() if isinstance(tuner, NormFactors)]
     members += [method.act] if method.act.bits < FULL_BITS else []
     needing = [type(member).__name__ for member in members if "activations" in member.needs] + list(learned)
     if needing and not calibrated:

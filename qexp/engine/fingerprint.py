@@ -48,3 +48,11 @@ def claim(folder: Path, parts: dict[str, Any]) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(text)
     part.replace(path)
+
+
+def digest_of(path: Path, key: str) -> str:
+    """Return the sha256 of a file's contents, or of all in a folder. Raises: UserError if there is none."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        raise UserError(f"{key}={path} does not exist, or is empty", "what a run has left there", f"{key}=''")
+    return "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)

@@ -6,6 +6,7 @@ killed run is on disk.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qexp.core.learned import BlockTuner, Made, ModelTuner, Rounding
+from qexp.core.learned import BlockTuner, Made, ModelTuner, NormFactors, Rounding
+from qexp.core.maps import Diagonal
 from qexp.core.minimise import Descent, Memory, Outcome, minimise
+from qexp.core.rewrite import write
 from qexp.core.rng import generator
 from qexp.core.stages import Method
 from qexp.core.training import Training
-from qexp.core.words import Quantized
+from qexp.core.words import Insert, Quantized, Stats
 from qexp.engine.candidate import Candidate, quantizers
 from qexp.engine.context import Run
 from qexp.engine.learning import NextToken
@@ -29,14 +32,32 @@ from qexp.engine.solving import Plan, plan_of
 from qexp.engine.store import Finished, read
 from qexp.models.view import ModelView
 
+log = logging.getLogger(__name__)
+
 Decodings = Mapping[str, Rounding]
 
 
+Before = Mapping[str, Tensor]
+
+
+def before_rounding(plan: Plan, block: int) -> Before:
+    """Return the weights of a block's layers, if a tuner compares them with what becomes of them."""
+    if not any(isinstance(tuner, NormFactors) for tuner in plan.method.tuner.values()):
+        return {}
+    layers = [layer.name for group in plan.view.groups(block) for layer in group.layers]
+    return {name: plan.view.linear(name).weight.clone() for name in layers}
+
+
 @torch.no_grad()
-def tune_block(plan: Plan, scene: Scene) -> dict[str, Story]:
-    """Let the recipe's tuners change the norms of a quantized block; return how it went by name."""
+def tune_block(plan: Plan, scene: Scene, before: Before, seen: Mapping[str, Stats]) -> dict[str, Story]:
+    """Let the recipe's tuners change the norms of a quantized block; return how learning went by name.
+
+    ``before`` has the weights before rounding, ``seen`` the statistics by site.
+    """
     stories = {}
     for name, tuner in plan.method.tuner.items():
+        if isinstance(tuner, NormFactors):
+            _rescale(plan, scene.block, tuner, before, seen)
         if not isinstance(tuner, BlockTuner):
             continue
         part = tuner.norms(norms_of(plan, scene.block))
@@ -44,6 +65,21 @@ def tune_block(plan: Plan, scene: Scene) -> dict[str, Story]:
         put_norms(plan, stories[name].made.weights)
         plan.view.replays.clear()  # what finished layers have answered was behind the old norms
     return stories
+
+
+def _rescale(plan: Plan, block: int, tuner: NormFactors, before: Before, seen: Mapping[str, Stats]) -> None:
+    """Multiply the norms of a block by a tuner's factors, where nothing stands between a norm and what reads it."""
+    view = plan.view
+    for site in (site for site in view.sites("attn_in", "mlp_in") if site.block == block):
+        readers = [view.linear(name) for name in site.readers]
+        if readers[0].path.maps or site.name not in seen:
+            log.info("block %d: %s stays, online maps are behind its norm", block, site.name)
+            continue
+        pairs = [(before[name], reader.weight) for name, reader in zip(site.readers, readers, strict=True)]
+        factors = Insert("diagonal", Diagonal(tuner.factors(seen[site.name].H_II, pairs)))
+        for writer in site.writers:
+            write(view.model.get_submodule(writer.name), writer, factors)
+    view.replays.clear()
 
 
 @torch.no_grad()

@@ -283,10 +283,44 @@ class TestNormTweaking:
 
         stream, kwargs = stream_into(view, 0, IDS)
         stories = tune_block(
-            plan_of(view, replace(recipe(w=16), tuner={"norm_tweaking": tuner}), 0), scene_of(view, 0, stream, kwargs)
+            plan_of(view, replace(recipe(w=16), tuner={"norm_tweaking": tuner}), 0),
+            scene_of(view, 0, stream, kwargs),
+            {},
+            {},
         )
         assert stories["norm_tweaking"].outcome.start < 1e-6
         assert all(distance(p, before[n]) < 1e-6 for n, p in view.model.named_parameters())
+
+
+class TestClosedForm:
+    def test_it_solves_its_normal_equations_and_lowers_the_error(self) -> None:
+        rng = generator(0)
+        X = torch.randn(200, 12, generator=rng, dtype=torch.float64) * torch.linspace(0.2, 4, 12)
+        W = torch.randn(9, 12, generator=rng, dtype=torch.float64)
+        grid = member("grid", "integer", w=2, g=-1)
+        Q = grid.decode(grid.encode(W, p := grid.fit(W, None)), p)
+        tuner = replace(member("tuner", "norm_closed_form")["norm_closed_form"], damp=0.0)
+        s = tuner.factors((X.T @ X).float(), [(W[:4], Q[:4]), (W[4:], Q[4:])])
+
+        def error(factors: torch.Tensor) -> torch.Tensor:
+            return (X @ W.T - (X * factors) @ Q.T).pow(2).sum()
+
+        free = s.clone().requires_grad_()
+        with torch.enable_grad():
+            error(free).backward()
+        assert float(free.grad.abs().max()) < 1e-4 * float(error(torch.ones(12)))  # type: ignore[union-attr]
+        assert float(error(s)) < 0.99 * float(error(torch.ones(12, dtype=torch.float64)))
+
+    @pytest.mark.parametrize("solver", ["gptq", "rtn"])
+    def test_norms_alone_change_where_no_map_is_behind_them(self, solver: str, tmp_path: Path) -> None:
+        tuner = member("tuner", "norm_closed_form")
+        with_it, without = (quantized(tmp_path / str(i), solver, tuner=tuner if i else {}) for i in (1, 0))
+        theirs = without.model.state_dict()
+        first = {n for n, v in with_it.model.state_dict().items() if ".0." in n and not torch.equal(v, theirs[n])}
+        assert first == {"model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"}
+        ids = tokens(16, seed=5)
+        truth = logits(view_of("llama", torch.float32).model, ids)
+        assert (logits(with_it.model, ids) - truth).pow(2).mean() < (logits(without.model, ids) - truth).pow(2).mean()
 
 
 class TestEndToEnd:
