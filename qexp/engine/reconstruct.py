@@ -211,7 +211,7 @@ def reconstruct(plan: Plan, scene: Scene, lesson: Lesson) -> Story:
     course = training.course(descent.train, generator(plan.seed, name, scene.block), raised)
     if training.load:
         take_up(lesson, scene.block)
-    plain = descent.plain()
+    plain = descent.plain() if lesson.grids else None  # what rounds by itself starts as plain rounding
     outcome = minimise(knobs, course, descent, track)
     if outcome.degraded:
         log.warning(
@@ -220,9 +220,9 @@ def reconstruct(plan: Plan, scene: Scene, lesson: Lesson) -> Story:
         )  # fmt: skip
     with torch.no_grad():
         made = descent.made()
-    if training.floor == "rtn" and training.select == "best" and plain < outcome.best:
+    if training.floor == "rtn" and training.select == "best" and plain is not None and plain < outcome.best:
         made = NOTHING_MADE
-    return Story(made, outcome, plain, time.perf_counter() - began, lesson.tensors())
+    return Story(made, outcome, outcome.start if plain is None else plain, time.perf_counter() - began, lesson.tensors())
 
 
 def take_up(lesson: Lesson, block: int) -> None:
