@@ -95,7 +95,9 @@ def blocks_below(folder: Path) -> dict[str, tuple[dict[str, torch.Tensor], dict[
 def _block(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
-        facts.get("report", {}).pop("seconds", None)  # what a transform learned is no block
+        report = facts.get("report", {})  # what a transform learned is no block
+        for told in (report, *report.get("learned", {}).values()):
+            told.pop("seconds", None)
         return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
 
 

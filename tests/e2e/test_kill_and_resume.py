@@ -60,6 +60,30 @@ LONGER = {
     "quik": ["method=quik", "bits=w4a4"],
     "quip": ["method=quip", "bits=w2a16"],
     "ranges": ["method=gptq", "method/act=per_tensor", "bits=w4a8"],
+    "omniquant": ["method=omniquant_wa", "bits=w4a4kv4", "method.transform.let.training.steps=4"],
+    "affinequant": ["method=affinequant", "bits=w4a4", "method.transform.affine.training.epochs=2"],
+    "lrq": ["method=lrq", "bits=w4a8kv8", "method.solver.training.steps=4"],
+    "signround": ["method=signround", "bits=w3a16g32", "method.solver.training.steps=4"],
+    "efficientqat": ["method=efficientqat", "bits=w2a16g32", "method.tuner.e2e_qp.training.batch=2"],
+    "norm tweaking": ["method=norm_tweaking", "bits=w3a16"],
+    "all of it": [
+        *(
+            "method=duquant",
+            "bits=w3a8kv4",
+            "method.transform.duquant.block=8",
+            "method/solver=block_ap",
+            "streams=disk",
+        ),
+        *("method/tuner=[clip,norm_tweaking,norm_closed_form,e2e_qp]", "method.tuner.clip.training.steps=2"),
+    ],
+}
+LEARNING_MOMENTS = {
+    # as MOMENTS, of efficientqat
+    "the second block is half learned": ("qexp.engine.reconstruct.Reconstruction.step", "5", "after", 1),
+    "what the second block has learned is written, the block is not": ("qexp.engine.kept.save_file", "2", "after", 1),
+    "training end to end has begun": ("qexp.engine.tuning.NextToken.descend", "1", "after", 3),
+    "a state of it is written but not renamed": ("qexp.engine.tuning.save_file", "1", "after", 3),
+    "training end to end goes on behind that state": ("qexp.engine.tuning.NextToken.descend", "3", "after", 4),
 }
 
 
@@ -94,6 +118,20 @@ def test_a_killed_run_continues(moment: str, tiny_folder: Path, tmp_path: Path) 
     assert command(*tiny(tiny_folder, tmp_path / "whole", *recipe)).code == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     assert list((tmp_path / "killed").glob("*/blocks/*.part")) == [], "what a kill left half written is cleared away"
+
+
+@pytest.mark.parametrize("moment", [pytest.param(name, marks=pytest.mark.slow) for name in LEARNING_MOMENTS])
+def test_a_killed_run_that_learns_continues(moment: str, tiny_folder: Path, tmp_path: Path) -> None:
+    function, calls, when, there = LEARNING_MOMENTS[moment]
+    recipe = [*LONGER["efficientqat"], "method.tuner.e2e_qp.training.measure_every=2", "calibration.samples=6"]
+    recipe += ["method.tuner.e2e_qp.training.epochs=4", "method.tuner.e2e_qp.training.micro=0"]
+    killed = process(function, calls, when, *tiny(tiny_folder, tmp_path / "killed", *recipe), script=KILLER)
+    assert killed.code == -signal.SIGKILL, killed.err
+    assert len(blocks_below(tmp_path / "killed")) == there
+    assert command(*tiny(tiny_folder, tmp_path / "killed", *recipe)).code == 0
+    assert command(*tiny(tiny_folder, tmp_path / "whole", *recipe)).code == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert list((tmp_path / "killed").glob("*/*/*.part")) == []
 
 
 @pytest.mark.parametrize(
