@@ -87,6 +87,11 @@ class Trained(Protocol):
         """Return how it is learned."""
         ...
 
+    @property
+    def learns_ranges(self) -> bool:
+        """Return whether it learns the ranges of weights along."""
+        ...
+
     def part(self, sites: Sequence[Site], around: Mapping[str, Surroundings], rng: torch.Generator) -> Part:
         """Return what is learned of the sites of one block."""
         ...

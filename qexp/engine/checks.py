@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qexp.core.errors import UserError, choose
-from qexp.core.learned import NormFactors
+from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, NormFactors, RangeTuner, Trained
+from qexp.core.ranges import Uniform
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS
 from qexp.engine.trained import model_trainings, trainings
@@ -39,6 +40,7 @@ def check_method(method: Method, calibrated: bool) -> None:
     learned = trainings(method) | model_trainings(method)
     for key, training in learned.items():
         training.check(f"method.{key}.training")
+    _check_learners(method)
     members: list[Any] = [method.grid, method.solver, *method.transform.values()]
     members += [tuner for tuner in method.tuner.values() if isinstance(tuner, NormFactors)]
     members += [method.act] if method.act.bits < FULL_BITS else []
@@ -48,6 +50,21 @@ def check_method(method: Method, calibrated: bool) -> None:
             f"calibration=none, but {' and '.join(needing)} of {method.name} read activations",
             "calibration data",
             "calibration=generated",
+        )
+
+
+def _check_learners(method: Method) -> None:
+    """Raise UserError for members that learn and cannot do so together, or on this grid."""
+    spacing = [name for name, tuner in method.tuner.items() if isinstance(tuner, ModelTuner)]
+    spacing += ["the solver"] if isinstance(method.solver, LearnedSolver) else []
+    if spacing and not isinstance(method.grid, Uniform):
+        got = f"{' and '.join(spacing)} learning the spacing of {type(method.grid).__name__}"
+        raise UserError(got, "evenly spaced values", "method/grid=integer")
+    cutting = [name for name, t in method.transform.items() if isinstance(t, Trained) and t.learns_ranges]
+    cutting += [name for name, tuner in method.tuner.items() if isinstance(tuner, RangeTuner)]
+    if len(cutting) > 1:
+        raise UserError(
+            f"{' and '.join(cutting)} all learning the ranges of weights", "one that does", "method/tuner=[]"
         )
 
 
@@ -70,16 +87,9 @@ def _check_kept_last(method: Method) -> None:
 
 def check_model(view: ModelView, method: Method) -> None:
     """Raise UserError for what is wrong with a recipe on this model, before anything is computed with it."""
-    from qexp.engine.learning import loaded
     from qexp.engine.solving import plan_of
 
-    for name, transform in method.transform.items():
-        loaded(view, name, transform)
-    for key, training in trainings(method).items():
-        files = [Path(training.load) / f"{block:05d}.safetensors" for block in range(len(view.blocks))]
-        if training.load and not all(file.is_file() for file in files):
-            override = f"method.{key}.training.load=''"
-            raise UserError(f"{training.load} lacks files of some blocks", "the folder learned of a run", override)
+    _check_learned(view, method)
     grids = plan_of(view, method, 0).grids
     sites = [(transform, site) for transform in method.transform.values() for site in transform.sites(view)]
     kept = {reader: t.kept(site.size) for t, site in sites if isinstance(t, Keeping) for reader in site.readers}
@@ -100,3 +110,18 @@ def check_model(view: ModelView, method: Method) -> None:
                 "bits.kv=16",
             )
         method.kv.cost(view.head_size)  # says it if the head cannot be divided as asked
+
+
+def _check_learned(view: ModelView, method: Method) -> None:
+    """Raise UserError for what is to be taken from other runs, or tuned, and is not there."""
+    from qexp.engine.learning import loaded
+
+    for name, transform in method.transform.items():
+        loaded(view, name, transform)
+    for key, training in trainings(method).items():
+        files = [Path(training.load) / f"{block:05d}.safetensors" for block in range(len(view.blocks))]
+        if training.load and not all(file.is_file() for file in files):
+            override = f"method.{key}.training.load=''"
+            raise UserError(f"{training.load} lacks files of some blocks", "the folder learned of a run", override)
+    if any(isinstance(tuner, BlockTuner | NormFactors | ModelTuner) for tuner in method.tuner.values()):
+        _ = view.described  # says it of an architecture whose norms and head are not known

@@ -222,7 +222,8 @@ def reconstruct(plan: Plan, scene: Scene, lesson: Lesson) -> Story:
         made = descent.made()
     if training.floor == "rtn" and training.select == "best" and plain is not None and plain < outcome.best:
         made = NOTHING_MADE
-    return Story(made, outcome, outcome.start if plain is None else plain, time.perf_counter() - began, lesson.tensors())
+    measured = outcome.start if plain is None else plain
+    return Story(made, outcome, measured, time.perf_counter() - began, lesson.tensors())
 
 
 def take_up(lesson: Lesson, block: int) -> None:

@@ -58,6 +58,25 @@ IN_THE_VALUES = [
         "method=flatquant method.transform.kronecker.training.steps=-3",
         ["steps=-3", "set method.transform.kronecker.training.steps="],
     ),
+    (
+        "method=flatquant method/tuner=[clip]",
+        ["kronecker and clip all learning the ranges", "set method/tuner=[]"],
+    ),
+    ("method=omniquant calibration=none", ["calibration=none", "tuner.clip", "calibration=generated"]),
+    (
+        "method=lrq method.solver.training.batch=0",
+        ["method.solver.training.batch=0", "set method.solver.training.batch=1"],
+    ),
+    (
+        "method=lrq method.solver.training.los=mse",
+        ["method.solver.training.los", "did you mean method.solver.training.loss"],
+    ),
+    ("method=lrq method.solver.training.loss=mes", ["method.solver.training.loss='mes'", "did you mean mse"]),
+    (
+        "method=omniquant method.tuner.clip.training.load=/no/such",
+        ["/no/such", "set method.tuner.clip.training.load=''"],
+    ),
+    ("method=lrq streams=dsik", ["streams='dsik'", "did you mean disk"]),
     ("method=duquant method.transform.duquant.block=0", ["block=0", "set method.transform.duquant.block="]),
     ("method.inputs=flaot", ["method.inputs", "did you mean float"]),
     ("device=gpu", ["device='gpu'", "cpu"]),

@@ -48,6 +48,7 @@ class Affine:
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
     after: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "block"
+    learns_ranges: ClassVar[bool] = False
 
     @property
     def inserts(self) -> str:

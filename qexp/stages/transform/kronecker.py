@@ -55,6 +55,11 @@ class KroneckerMaps:
     inserts: ClassVar[str] = "dense"
     scope: ClassVar[str] = "block"
 
+    @property
+    def learns_ranges(self) -> bool:
+        """Return whether ranges are learned along with the maps."""
+        return self.clip_rate > 0
+
     def sites(self, model: Sites) -> list[Site]:
         """Return every input of a linear, the values, and queries and keys."""
         return model.sites("attn_in", "value", "attn_out", *(["query_key"] if self.keys else []), "mlp_in", "mlp_mid")

@@ -45,6 +45,7 @@ class Let:
     after: ClassVar[tuple[str, ...]] = ()
     inserts: ClassVar[str] = "diagonal"
     scope: ClassVar[str] = "block"
+    learns_ranges: ClassVar[bool] = False
 
     def sites(self, model: Sites) -> list[Site]:
         """Return the sites behind norms, the values, and the keys, block by block in the order they are folded."""
