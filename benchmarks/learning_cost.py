@@ -36,9 +36,9 @@ def learn(blocks: int, sizes: argparse.Namespace) -> dict[str, float]:
     from qexp import compose
     from qexp.core.build import build
     from qexp.core.memory import keep_freed_memory
-    from qexp.engine.learning import Learning
     from qexp.engine.store import Store
     from qexp.engine.transforming import transform_model
+    from qexp.engine.whole_model import Learning
     from qexp.models.view import ModelView
 
     if not sizes.exact:

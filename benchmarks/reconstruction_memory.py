@@ -35,7 +35,7 @@ def learn(blocks: int, given: argparse.Namespace) -> dict[str, float]:
     from qexp.core.build import build
     from qexp.engine.blocks import quantize_blocks
     from qexp.engine.context import Run, quiet
-    from qexp.engine.trained import trainings
+    from qexp.engine.wants import trainings
     from qexp.models.view import ModelView
 
     with compose.hydra():

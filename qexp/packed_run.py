@@ -82,10 +82,10 @@ def _view(folder: Path, source: ModelSource, method: Method, config: dict[str, A
     from qexp.data.generated import short_sample
     from qexp.engine.acting import has_work
     from qexp.engine.blocks import activate
-    from qexp.engine.learning import Learning
     from qexp.engine.solving import plan_of
     from qexp.engine.store import Store, install
     from qexp.engine.transforming import transform_model
+    from qexp.engine.whole_model import Learning
     from qexp.models.outliers import inject
     from qexp.models.view import ModelView
 

@@ -45,9 +45,9 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     from qexp.data.generated import short_sample
     from qexp.engine.blocks import activate, quantize_blocks
     from qexp.engine.diagnostics import Surfaces
-    from qexp.engine.learning import Learning
     from qexp.engine.transforming import transform_model
     from qexp.engine.tuning import tune_model
+    from qexp.engine.whole_model import Learning
     from qexp.eval.size import sizes
     from qexp.models.outliers import inject
     from qexp.models.view import ModelView

@@ -110,6 +110,8 @@ def with_activations(run: Record, layer: str = "layers.3.mlp.down_proj") -> Reco
     losses = {"learned_rotation": [4.2 + math.exp(-i / 20) for i in range(100)]}
     run["diagnostics"] = {"activations": [entry], "inputs": inputs, "losses": losses}  # type: ignore[typeddict-item]
     for block in run["blocks"]:
+        told = {"plain": 0.2, "start": 0.11, "best": 0.01 * (1 + block["index"]), "seconds": 3.0}
+        block["learned"] = {"kronecker": told}  # type: ignore[typeddict-unknown-key]
         block["losses"] = {"kronecker": [0.1 / (1 + i + block["index"]) for i in range(32)]}  # type: ignore[typeddict-unknown-key]
     return run
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from qexp.core.linear import InputPath, QuantLinear
 from qexp.core.stages import Method, Transform
 from qexp.engine.context import Run, quiet
-from qexp.engine.learning import Learning
 from qexp.engine.reconstruct import Scene
 from qexp.engine.solving import plan_of
 from qexp.engine.store import Store
 from qexp.engine.streams import Stream, advance, embed
 from qexp.engine.transforming import transform_block, transform_model
+from qexp.engine.whole_model import Learning
 from qexp.models.view import ModelView
 
 
@@ -36,8 +36,7 @@ def short(learner: Any, **settings: Any) -> Any:
 def scene_of(view: ModelView, block: int, stream: Stream, kwargs: Any, floating: Stream | None = None) -> Scene:
     """Return what a block is learned from, all that could be read; ``floating`` is the float model's stream."""
     y = stream if floating is None else floating
-    scene = Scene(block, kwargs, stream, y, [], [])
-    return scene.answered(view, advance(view, block, y, kwargs), True, Tensor.cpu)
+    return Scene(block, kwargs, stream, y, advance(view, block, y, kwargs), []).answered(view, Tensor.cpu)
 
 
 def recipe(*transforms: str, grid: str = "integer", act: str = "none", w: int = 4, a: int = 16, **keys: Any) -> Method:

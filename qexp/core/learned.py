@@ -75,7 +75,8 @@ class Part:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is learned, by name, as it is kept on disk."""
-        return {f"{k.name}.{i}": t.detach() for k in self.knobs for i, t in enumerate(k.tensors)}
+        knobs = enumerate(self.knobs)  # two may have one name: layers of other bits learn at other rates
+        return {f"{n}.{k.name}.{i}": t.detach() for n, k in knobs for i, t in enumerate(k.tensors)}
 
 
 @runtime_checkable
@@ -90,6 +91,10 @@ class Trained(Protocol):
     @property
     def learns_ranges(self) -> bool:
         """Return whether it learns the ranges of weights along."""
+        ...
+
+    def kind_at(self, site: Site) -> str:
+        """Return the kind of map that it inserts at a site."""
         ...
 
     def part(self, sites: Sequence[Site], around: Mapping[str, Surroundings], rng: torch.Generator) -> Part:
@@ -157,19 +162,15 @@ class Rounding(Protocol):
 
 @runtime_checkable
 class LearnedSolver(Protocol):
-    """A solver that learns the roundings of a whole block; its ``solve`` is where it starts.
-
-    ``norm_rate``: the rate at which the block's norms are learned along, 0 for not.
-    """
+    """A solver that learns the roundings of a whole block; its ``solve`` is where it starts."""
 
     @property
     def training(self) -> Training:
         """Return how it is learned."""
         ...
 
-    @property
-    def norm_rate(self) -> float:
-        """Return the rate of the norms."""
+    def norms_rate(self, bits: int) -> float:
+        """Return the rate at which the norms of a block of so many bits are learned along, 0 for not."""
         ...
 
     def rounding(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Rounding:

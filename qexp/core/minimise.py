@@ -1,4 +1,4 @@
-"""The optimiser loop of everything that is learned: groups of tensors down a loss, the best state kept.
+"""The optimiser loop of free tensors: groups of them down a loss, the best state kept.
 
 The state is measured at the start, every so many steps and at the end. Where a loss or gradient is not finite, or the
 measure has grown to twice its start, the best state comes back, all rates are halved and what followed it is done
@@ -49,7 +49,7 @@ class Descent:
         """Put the tensors back where they are allowed to be, after each step."""
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Take note of an epoch that begins."""
+        """Take note of the epoch that the next step or measurement belongs to."""
 
 
 class Memory:
@@ -121,8 +121,7 @@ class _Loop:
             next(ticks, None)
         while step < count:
             next(ticks, None)
-            if step % self.each == 0:
-                self._tell_epoch(step)
+            self._tell_epoch(step)
             fine = self._take(step)
             step += 1
             if fine and (step % self.every == 0 or step == count):
@@ -172,13 +171,13 @@ class _Loop:
         if self.outcome.degraded:
             return False
         self.outcome.retries += 1
-        self.rate /= 2
+        self.rate, self.stale = self.rate / 2, 0
         self.optimiser = _optimiser(self.knobs, self.training)
         return True
 
     def _end(self) -> Outcome:
         self.outcome.best, self.outcome.best_step = self.best.measure, self.best.step
-        if self.training.select == "best":
+        if self.training.select == "best" or self.outcome.degraded:
             self._restore()
             self._tell_epoch(max(0, self.best.step - 1))
         return self.outcome
@@ -202,7 +201,7 @@ class _Loop:
         for i, t in enumerate(self.tensors):
             t.copy_(tensors[f"now.{i}"])
             moments = {name.split(".", 2)[2]: v for name, v in tensors.items() if name.startswith(f"moment.{i}.")}
-            self.optimiser.state[t] = moments
+            self.optimiser.state[t] = {name: v.to(t.device) if v.dim() else v for name, v in moments.items()}
         best = [tensors[f"best.{i}"] for i in range(len(self.tensors))]
         self.best = _State(facts["best"][0], facts["best"][1], best)
         self.rate, self.stale, self.outcome = facts["rate"], facts["stale"], Outcome(**facts["outcome"])

@@ -9,8 +9,10 @@ from typing import Any, cast
 from torch import Tensor
 
 from qexp.core.stages import Act, Grid, Method
-from qexp.core.words import FULL_BITS, Group, Stats
+from qexp.core.words import FULL_BITS, Group, Params, Stats
 from qexp.models.view import ModelView
+
+NO_RANGES: Params = {}
 
 
 def act_of(method: Method, group: Group) -> Act:
@@ -40,12 +42,16 @@ def calibrate(view: ModelView, act: Act, group: Group, stats: Stats | None) -> N
         path.ranges = act.fit(stats.low_I[quantized], stats.high_I[quantized])
 
 
-def search_quantizer(act: Act, clip: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
-    """Return what stands for ``act`` while maps, or a clip, are tried: each batch is quantized by its own ranges."""
+def search_quantizer(
+    act: Act, clip: Tensor | None = None, ranges: Params = NO_RANGES
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what stands for ``act`` while something is tried: with ``ranges`` if known, else those of each batch."""
     if act.bits >= FULL_BITS:
         return None
     if not is_calibrated(act):
-        return act.freeze({} if clip is None else {"clip": clip})
+        return act.freeze(ranges if clip is None else {"clip": clip})
+    if ranges:
+        return act.freeze(ranges)
 
     def quantize(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,18 +19,18 @@ from torch import Tensor
 from qexp.core.learned import LearnedSolver
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS, BlockReport, Stats
-from qexp.engine.acting import act_of, calibrate, has_work
+from qexp.engine.acting import act_of, calibrate, has_work, is_calibrated
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
-from qexp.engine.kept import keep_learned
+from qexp.engine.learned_record import keep_learned
 from qexp.engine.reconstruct import Scene
 from qexp.engine.rounding import learn_roundings
 from qexp.engine.solving import Plan, plan_of, solve_group
 from qexp.engine.store import Finished, install, pack_block
-from qexp.engine.streams import Stream, advance, embed
-from qexp.engine.trained import wants_of
+from qexp.engine.streams import Keep, advance, embed
 from qexp.engine.transforming import transform_block
 from qexp.engine.tuning import before_rounding, tune_block
+from qexp.engine.wants import changes_norms, wants_of
 from qexp.models.view import ModelView
 
 
@@ -40,17 +41,15 @@ def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -
     if not has_work(method, plan.grids):
         return []  # 16 bits everywhere: nothing to walk for
     keep = run.shelf(view, tokens, wants.streams).keep
-    quantized, kwargs = embed(view, tokens, keep)
-    floating, reports = quantized, []
+    stream, kwargs = embed(view, tokens, keep)
+    quantized, floating = (stream if wanted else [] for wanted in (wants.quantized, wants.float))
+    del stream
+    reports = []
     for block in run.progress("quantize blocks", range(len(view.blocks))):
         last = block + 1 == len(view.blocks)  # nothing reads what it answers
-        before = Scene(block, kwargs[block], quantized, floating, [], [])
         truth = advance(view, block, floating, kwargs[block], keep) if wants.answers_float(last) else []
-
-        def make(before: Scene = before, truth: Stream = truth) -> Finished:
-            return quantize_block(plan, before.answered(view, truth, wants.t2, keep), run)
-
-        finished = run.store.once(f"{block:05d}", make)
+        scene = Scene(block, kwargs[block], quantized, floating, truth, [])
+        finished = run.store.once(f"{block:05d}", partial(quantize_block, plan, scene, run, keep if wants.t2 else None))
         install(view, block, finished, plan.grids)
         if method.quantize_stream:
             activate(view, [block], method)
@@ -59,12 +58,17 @@ def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -
             quantized = advance(view, block, quantized, kwargs[block], keep)
         view.replays.clear()
         floating = truth
+        del scene  # and with it the streams that nobody reads any more
         reports.append(finished.report)
     return reports
 
 
-def quantize_block(plan: Plan, scene: Scene, run: Run) -> Finished:
-    """Return a block transformed, solved and tuned; the stream that feeds statistics may be empty."""
+def quantize_block(plan: Plan, scene: Scene, run: Run, keep: Keep | None = None) -> Finished:
+    """Return a block transformed, solved and tuned; the stream that feeds statistics may be empty.
+
+    ``keep`` is where the float block's answers to the quantized stream are kept, if they are a target.
+    """
+    scene = scene if keep is None else scene.answered(plan.view, keep)
     view, method, began, block, kwargs = plan.view, plan.method, time.perf_counter(), scene.block, scene.kwargs
     groups, report = view.groups(block), BlockReport(index=block, seconds=0.0)
     source = scene.float if method.inputs == "float" else scene.quantized
@@ -85,6 +89,10 @@ def quantize_block(plan: Plan, scene: Scene, run: Run) -> Finished:
         report.layers, story = learn_roundings(plan, scene, method.solver, known)
         stories |= {"solver": story} if story else {}
     stories |= tune_block(plan, scene, before, seen)
+    if changes_norms(method) and is_calibrated(method.act):
+        known = observe(view, block, groups, source, kwargs)
+        for group in groups:
+            calibrate(view, act_of(method, group), group, known[group.site])
     keep_learned(run, report, stories)
     report.seconds = time.perf_counter() - began
     return pack_block(view, block, report)

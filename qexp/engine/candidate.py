@@ -167,16 +167,19 @@ class _Parameters:
 def quantizers(
     view: ModelView, method: Method, blocks: Iterable[int], clips: Mapping[str, Tensor] = NO_CLIPS.acts
 ) -> Iterator[None]:
-    """Switch the recipe's activation and key/value quantizers on, and off again; ranges are those of each batch.
+    """Switch the recipe's activation and key/value quantizers on, and back to what was before.
 
-    ``clips`` of activations by site.
+    Ranges are those that the block has, else those of each batch; ``clips`` of activations by site.
     """
     which = list(blocks)
     groups = [group for block in which for group in view.groups(block)]
     paths = [view.linear(group.layers[0].name).path for group in groups]
-    learned = [clips.get(group.site, path.ranges.get("clip")) for group, path in zip(groups, paths, strict=True)]
-    acts = [search_quantizer(act_of(method, group), clip) for group, clip in zip(groups, learned, strict=True)]
+    acts = [
+        search_quantizer(act_of(method, group), clips.get(group.site), path.ranges)
+        for group, path in zip(groups, paths, strict=True)
+    ]
     doors = [door for block in which if (door := view.door(block)) is not None]
+    before = [path.act for path in paths], [door.kv for door in doors]
     try:
         for path, quantizer in zip(paths, acts, strict=True):
             path.act = quantizer
@@ -184,10 +187,10 @@ def quantizers(
             door.kv = method.kv if method.kv.bits < FULL_BITS else None
         yield
     finally:
-        for path in paths:
-            path.act = None
-        for door in doors:
-            door.kv = None
+        for path, act in zip(paths, before[0], strict=True):
+            path.act = act
+        for door, kv in zip(doors, before[1], strict=True):
+            door.kv = kv
 
 
 def _beside_kept(linear: QuantLinear, W: Tensor, grid: Grid) -> Tensor:
@@ -201,5 +204,7 @@ def _rounded(grid: Grid, W: Tensor) -> Tensor:
     inner = bare(grid)
     if isinstance(inner, Imitated):
         return inner.imitate(W, grid.ratios if isinstance(grid, Clipped) else None)
+    if not W.detach().isfinite().all():
+        return W  # its loss is no number either, which the loop answers
     cut, params = grid.clamp(W) if isinstance(grid, Clipped) else W, grid.fit(W.detach(), None)
     return straight(cut, grid.decode(grid.encode(W.detach(), params), params))

@@ -12,7 +12,7 @@ from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, NormFactors
 from qexp.core.ranges import Uniform
 from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS
-from qexp.engine.trained import model_trainings, trainings
+from qexp.engine.wants import changes_norms, model_trainings, trainings
 
 if TYPE_CHECKING:
     from qexp.models.view import ModelView  # transformers: seconds that a mistake in the recipe need not wait for
@@ -55,17 +55,27 @@ def check_method(method: Method, calibrated: bool) -> None:
 
 def _check_learners(method: Method) -> None:
     """Raise UserError for members that learn and cannot do so together, or on this grid."""
+    for name, tuner in method.tuner.items():
+        if not isinstance(tuner, RangeTuner | BlockTuner | NormFactors | ModelTuner):
+            got = f"tuner {name}, which is of none of the kinds in core/learned.py"
+            raise UserError(got, "ranges, norms, factors or decoding", "method/tuner=[]")
     spacing = [name for name, tuner in method.tuner.items() if isinstance(tuner, ModelTuner)]
     spacing += ["the solver"] if isinstance(method.solver, LearnedSolver) else []
     if spacing and not isinstance(method.grid, Uniform):
         got = f"{' and '.join(spacing)} learning the spacing of {type(method.grid).__name__}"
         raise UserError(got, "evenly spaced values", "method/grid=integer")
-    cutting = [name for name, t in method.transform.items() if isinstance(t, Trained) and t.learns_ranges]
-    cutting += [name for name, tuner in method.tuner.items() if isinstance(tuner, RangeTuner)]
+    blocks = [name for name, transform in method.transform.items() if transform.scope == "block"]
+    own = [name for name in blocks if isinstance(t := method.transform[name], Trained) and t.learns_ranges]
+    cutting = own + [name for name, tuner in method.tuner.items() if isinstance(tuner, RangeTuner)]
     if len(cutting) > 1:
-        raise UserError(
-            f"{' and '.join(cutting)} all learning the ranges of weights", "one that does", "method/tuner=[]"
-        )
+        got = f"{' and '.join(cutting)} all learning the ranges of weights"
+        raise UserError(got, "one that does", "method/tuner=[]")
+    if own and own != blocks[-1:]:
+        got = f"{blocks[-1]} behind {own[0]}, which learns the ranges of the weights it leaves"
+        raise UserError(got, f"{own[0]} last", f"method.transform.{own[0]}.clip_rate=0")
+    if cutting and method.grid.group == 0:
+        got = f"{cutting[0]} learning ranges on a grid with one range for a whole weight"
+        raise UserError(got, "rows or groups", "method.grid.group=-1")
 
 
 @runtime_checkable
@@ -114,7 +124,7 @@ def check_model(view: ModelView, method: Method) -> None:
 
 def _check_learned(view: ModelView, method: Method) -> None:
     """Raise UserError for what is to be taken from other runs, or tuned, and is not there."""
-    from qexp.engine.learning import loaded
+    from qexp.engine.whole_model import loaded
 
     for name, transform in method.transform.items():
         loaded(view, name, transform)
@@ -123,5 +133,11 @@ def _check_learned(view: ModelView, method: Method) -> None:
         if training.load and not all(file.is_file() for file in files):
             override = f"method.{key}.training.load=''"
             raise UserError(f"{training.load} lacks files of some blocks", "the folder learned of a run", override)
-    if any(isinstance(tuner, BlockTuner | NormFactors | ModelTuner) for tuner in method.tuner.values()):
-        _ = view.described  # says it of an architecture whose norms and head are not known
+    for key in (key for key, training in model_trainings(method).items() if training.load):
+        raise UserError(
+            f"method.{key}.training.load", "nothing: it starts from the codes", f"method.{key}.training.load=''"
+        )
+    if view.family is None and (changes_norms(method) or model_trainings(method)):
+        got = f"norms, or the whole model, trained on {view.config.model_type}, whose norms and head are not described"
+        override = "method/tuner=[] method.solver.norm_rate=0"
+        raise UserError(got, "no such tuner, and a solver that leaves norms", override)

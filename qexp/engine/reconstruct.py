@@ -52,12 +52,11 @@ class Scene:
     answers_float: Stream  # T1
     answers_quantized: Stream  # T2
 
-    def answered(self, view: ModelView, truth: Stream, t2: bool, keep: Keep) -> Scene:
-        """Return the scene with the float block's answers; the block is still float."""
-        second = truth if self.quantized is self.float and truth else None
-        if second is None:
-            second = advance(view, self.block, self.quantized, self.kwargs, keep) if t2 else []
-        return replace(self, answers_float=truth, answers_quantized=second)
+    def answered(self, view: ModelView, keep: Keep) -> Scene:
+        """Return the scene with the float block's answers to the quantized stream; the block is still float."""
+        if self.quantized is self.float and self.answers_float:
+            return replace(self, answers_quantized=self.answers_float)
+        return replace(self, answers_quantized=advance(view, self.block, self.quantized, self.kwargs, keep))
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ class Reconstruction(Descent):
         ]
         squares = [x.float().pow(2).mean() for _, stream in self.targets for x in stream]
         self.scale = float(torch.stack(squares).mean())
-        self.sequences = sum(map(len, self.targets[0][1]))
-        self.train, self.held_out = training.split(self.sequences)
+        self.train, self.held_out = training.split(sum(map(len, self.targets[0][1])))
 
     def made(self) -> Made:
         """Return what the parts make of their tensors now."""
@@ -131,6 +129,7 @@ class Reconstruction(Descent):
 
     def step(self, chosen: Sequence[int]) -> float:
         """Return the loss of the chosen sequences; gradients are added to the tensors."""
+        drawn = self.rng.get_state()
         while True:
             micro = self.plan.micro.size(self.training.micro or len(chosen))
             try:
@@ -139,6 +138,7 @@ class Reconstruction(Descent):
                 if micro == 1:
                     raise
                 self.plan.micro.halve(micro)
+                self.rng.set_state(drawn)
                 for tensor in (t for part in self.parts for knob in part.knobs for t in knob.tensors):
                     tensor.grad = None
 
@@ -153,6 +153,7 @@ class Reconstruction(Descent):
                 loss = self._loss(made, {**weights, **leaves}, some, self._mixed) * (len(some) / len(chosen))
                 loss.backward(retain_graph=True)  # of what runs online, which the next micro-batch meets again
                 total += float(loss.detach())
+                del loss  # or its graph would be there beside that of the next
             pairs = [(W, leaf.grad) for name, W in learned.items() if (leaf := leaves[name]).grad is not None]
             if pairs:
                 torch.autograd.backward([W for W, _ in pairs], [g for _, g in pairs])
@@ -160,7 +161,7 @@ class Reconstruction(Descent):
 
     @torch.no_grad()
     def measure(self) -> float:
-        """Return the loss of the sequences that are held out, behind quantized blocks."""
+        """Return the loss of the sequences that are held out (of a mixed input X_q)."""
         return self._measured(self.made())
 
     @torch.no_grad()
@@ -179,10 +180,7 @@ class Reconstruction(Descent):
         """Return the loss of some sequences."""
         plan, scene, training, device = self.plan, self.scene, self.training, self.plan.view.model.device
         x = self._input(chosen, mixed).to(device)
-        if training.quantize_inputs:
-            with quantizers(plan.view, plan.method, [scene.block], made.clips.acts):
-                answer = self.candidate.answer(made, scene.block, weights, x, scene.kwargs)
-        else:
+        with quantizers(plan.view, plan.method, [scene.block] if training.quantize_inputs else [], made.clips.acts):
             answer = self.candidate.answer(made, scene.block, weights, x, scene.kwargs)
         losses = [
             weight * distance(training.loss, answer, half_to_float(take(stream, chosen).to(device)), self.scale,
@@ -192,9 +190,10 @@ class Reconstruction(Descent):
         return torch.stack(losses).sum()
 
     def _input(self, chosen: Sequence[int], mixed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        q, fp = (partial(take, stream, chosen) for stream in (self.scene.quantized, self.scene.float))
-        kinds: Mapping[str, Callable[[], Tensor]] = {"q": q, "fp": fp, "mix": lambda: mixed(q(), fp())}
-        return half_to_float(kinds[self.training.student]())
+        streams = {"q": self.scene.quantized, "fp": self.scene.float}
+        if self.training.student in streams:
+            return half_to_float(take(streams[self.training.student], chosen))
+        return half_to_float(mixed(*(take(stream, chosen) for stream in streams.values())))
 
     def _mixed(self, q: Tensor, fp: Tensor) -> Tensor:
         """Return X_q with elements of X_fp, as QDrop has it."""
@@ -218,12 +217,17 @@ def reconstruct(plan: Plan, scene: Scene, lesson: Lesson) -> Story:
             "block %d: %s diverged at every rate tried; its best state (step %d) is kept", scene.block, name,
             outcome.best_step,
         )  # fmt: skip
+    for tensor in (t for knob in knobs for t in knob.tensors):
+        tensor.requires_grad_(False)  # maps are kept, and must not go on learning
     with torch.no_grad():
         made = descent.made()
-    if training.floor == "rtn" and training.select == "best" and plain is not None and plain < outcome.best:
+    better = training.floor == "rtn" and training.select == "best" and plain is not None and plain < outcome.best
+    if better:
+        log.info("block %d: plain rounding is better than what %s has learned, and kept", scene.block, name)
         made = NOTHING_MADE
     measured = outcome.start if plain is None else plain
-    return Story(made, outcome, measured, time.perf_counter() - began, lesson.tensors())
+    more = {"kept_plain": float(better)}
+    return Story(made, outcome, measured, time.perf_counter() - began, lesson.tensors(), more)
 
 
 def take_up(lesson: Lesson, block: int) -> None:

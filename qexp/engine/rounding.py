@@ -16,7 +16,7 @@ from qexp.core.placed import wide
 from qexp.core.rng import generator
 from qexp.core.words import Layer, LayerReport, Quantized, Stats
 from qexp.engine.reconstruct import Lesson, Scene, Story, reconstruct
-from qexp.engine.solving import Plan, installed, ranged
+from qexp.engine.solving import Plan, first_columns, installed, ranged
 
 
 @torch.no_grad()
@@ -34,8 +34,9 @@ def learn_roundings(
     roundings = {layer: _begin(plan, solver, layer, known.get(site)) for layer, site in layers.items()}
     before = {layer: rounding.quantized().codes for layer, rounding in roundings.items()}
     parts = [_weights_part(plan, roundings)]
-    if solver.norm_rate:
-        parts.append(norms_part(plan, scene.block, solver.norm_rate))
+    rate = solver.norms_rate(min(plan.grids[layer.name].bits for layer in layers))
+    if rate:
+        parts.append(norms_part(plan, scene.block, rate))
     story = reconstruct(plan, scene, Lesson("solver", solver.training, parts))
     reports, moved = [], 0.0
     for layer, site in layers.items():
@@ -55,7 +56,8 @@ def _begin(plan: Plan, solver: LearnedSolver, layer: Layer, stats: Stats | None)
     columns = layer.inputs - linear.path.kept
     W_OI = linear.weight.float()[:, :columns].clone()
     rng = generator(plan.seed, layer.name)
-    return solver.rounding(W_OI, stats, ranged(plan.grids[layer.name], [linear]), rng)
+    seen = None if stats is None else first_columns(stats, columns)
+    return solver.rounding(W_OI, seen, ranged(plan.grids[layer.name], [linear]), rng)
 
 
 def _weights_part(plan: Plan, roundings: Mapping[Layer, Rounding]) -> Part:

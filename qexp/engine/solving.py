@@ -6,7 +6,7 @@ one factorisation and a third of the column loop. A grid with one range for the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -90,6 +90,7 @@ def installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, sta
     """Put the codes into the layer and report on them."""
     W = linear.weight.float().clone()
     linear.install(grid, own)
+    linear.clips = None  # they have served
     D = linear.weight.float() - W
     error = None if stats is None else _quadratic(D, stats.H_II) / max(_quadratic(W, stats.H_II), 1e-30)
     sqnr = 10 * torch.log10(W.pow(2).sum() / D.pow(2).sum().clamp(min=1e-30))
@@ -112,12 +113,18 @@ def solve_beside(
     H_KK = H[-kept:, -kept:] + KEPT_DAMPING * H.diagonal().mean() * torch.eye(kept, dtype=H.dtype, device=H.device)
     answer_QK = torch.linalg.solve(H_KK, H[-kept:, :-kept]).T  # H_QK H_KK⁻¹
     H_QQ = H[:-kept, :-kept] - answer_QK @ H[-kept:, :-kept]
-    front = slice(0, len(H) - kept)
-    columns = {name: getattr(stats, name)[..., front] for name in ("low_I", "high_I", "mean_abs_I", "rows_TI")}
-    seen = Stats(tokens=stats.tokens, H_II=H_QQ.to(W_OI), **columns)
+    seen = replace(first_columns(stats, len(H) - kept), H_II=H_QQ.to(W_OI))
     solved = solver.solve(W_OQ, seen, grid, rng)
     E_OQ = (W_OQ - grid.decode(solved.codes, solved.params)).double()
     return Quantized(solved.codes, solved.params, (W_OK + E_OQ @ answer_QK).to(W_OI))
+
+
+def first_columns(stats: Stats, count: int) -> Stats:
+    """Return the statistics of the first channels alone."""
+    if count == len(stats.low_I):
+        return stats
+    front = {name: getattr(stats, name)[..., :count] for name in ("low_I", "high_I", "mean_abs_I", "rows_TI")}
+    return Stats(tokens=stats.tokens, H_II=stats.H_II[:count, :count], **front)
 
 
 def _quadratic(D: Tensor, H: Tensor) -> float:

@@ -15,11 +15,11 @@ from qexp.core.stages import Method, Transform
 from qexp.core.words import Group, Insert, Site, Split
 from qexp.engine.acting import is_calibrated
 from qexp.engine.capture import Look, observe
-from qexp.engine.learning import Learning, learned_once
 from qexp.engine.reconstruct import Lesson, Scene, Story, reconstruct
 from qexp.engine.solving import Plan
 from qexp.engine.streams import Kwargs, Stream
 from qexp.engine.surroundings import SiteSurroundings, calls, damage_oracle
+from qexp.engine.whole_model import Learning, learned_once
 from qexp.models.view import ModelView
 
 log = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ def transform_model(
 def transform_block(plan: Plan, scene: Scene, source: Stream) -> dict[str, Story]:
     """Apply the transforms of block scope to one block, and learn the ranges of its weights where a tuner wants it.
 
-    Statistics come from ``source``. Ranges are learned together with the last transform that is learned, else alone
-    behind all transforms. Returns what was learned by name.
+    Statistics come from ``source``. Ranges are learned together with the last transform if that one is learned, else
+    alone behind all transforms. Returns what was learned by name.
     """
     view, chosen, stories = plan.view, plan.method.stage("block"), dict[str, Story]()
-    last = next((name for name, transform in reversed(chosen) if isinstance(transform, Trained)), None)
+    last = chosen[-1][0] if chosen and isinstance(chosen[-1][1], Trained) else None
     for name, transform in chosen:
         sites = [site for site in transform.sites(view) if site.block == scene.block]
         around = _surroundings(plan, scene.block, transform, sites, source, scene.kwargs)
@@ -76,9 +76,9 @@ def transform_block(plan: Plan, scene: Scene, source: Stream) -> dict[str, Story
             }
         for site in sites:
             _apply(view, site, changes[site.name])
-    for name, tuner in plan.method.tuner.items() if last is None else ():
-        if isinstance(tuner, RangeTuner):
-            parts = _range_parts(plan, scene.block)
+    for name, tuner in plan.method.tuner.items():
+        parts = _range_parts(plan, scene.block)
+        if isinstance(tuner, RangeTuner) and last is None and parts:
             stories[name] = reconstruct(plan, scene, Lesson(name, tuner.training, parts, grids=plan.grids))
             _keep_clips(plan, [], stories[name].made.clips)
     return stories
@@ -110,7 +110,8 @@ def _surroundings(
     view = plan.view
     behind = {site.name: group for site in sites if (group := _group_behind(view, site)) is not None}
     groups = [group for group in view.groups(block) if group in behind.values()]
-    folded = {site.name for site in sites if transform.inserts in site.admits}
+    kinds = {s.name: transform.kind_at(s) if isinstance(transform, Trained) else transform.inserts for s in sites}
+    folded = {site.name for site in sites if kinds[site.name] in site.admits}
     raw = {behind[site].site for site in folded & behind.keys()}  # folded: in front of online maps
     look = Look(raw, loud="rows" in transform.needs)
     known = observe(view, block, groups, source, kwargs, look) if groups and transform.needs else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,12 @@ from qexp.core.training import Training
 from qexp.core.words import Insert, Quantized, Stats
 from qexp.engine.candidate import Candidate, quantizers
 from qexp.engine.context import Run
-from qexp.engine.learning import NextToken
+from qexp.engine.learned_record import thinned
 from qexp.engine.reconstruct import Lesson, Scene, Story, reconstruct
 from qexp.engine.rounding import norms_of, put_norms
 from qexp.engine.solving import Plan, plan_of
 from qexp.engine.store import Finished, read
+from qexp.engine.whole_model import NextToken
 from qexp.models.view import ModelView
 
 log = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ def tune_model(view: ModelView, tokens: Tensor, method: Method, run: Run) -> dic
     """Let the recipe's tuners of model scope train the quantized model; return their losses by name."""
     losses, plan = {}, plan_of(view, method, run.seed, run.progress)
     for name, tuner in method.tuner.items():
-        if not isinstance(tuner, ModelTuner):
+        if not isinstance(tuner, ModelTuner) or not plan.grids:
             continue
 
         def make(name: str = name, tuner: ModelTuner = tuner) -> Finished:
@@ -113,9 +115,12 @@ def _tuned(plan: Plan, tokens: Tensor, name: str, tuner: ModelTuner, run: Run) -
     memory = _Disk(run, f"{name}.state")
     outcome = _descend(plan, NextToken(plan.view, tokens, run.folder), tuner.training, decodings, name, memory)
     memory.path.unlink(missing_ok=True)
+    if outcome.degraded:
+        log.warning("%s diverged at every rate tried; its best state (step %d) is kept", name, outcome.best_step)
     params = {layer: decoding.quantized().params for layer, decoding in decodings.items()}
     tensors = {f"{layer}.{p}": value.cpu().contiguous() for layer, own in params.items() for p, value in own.items()}
-    facts = {"params": {layer: sorted(own) for layer, own in params.items()}, "losses": outcome.losses}
+    told = {"losses": thinned(outcome.losses), "outcome": {**asdict(outcome), "losses": []}}
+    facts = {"params": {layer: sorted(own) for layer, own in params.items()}, **told}
     return Finished(tensors, facts)
 
 

@@ -1,10 +1,10 @@
-"""The losses of what was learned, by step: one curve for a transform of the whole model, one per block for others."""
+"""What was learned: losses by step, one curve for the whole model or one per block, and what came of it by block."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qexp.core.losses import Curves, curves
 from qexp.report.rows import Row
@@ -16,29 +16,57 @@ if TYPE_CHECKING:
 
 LIMIT = 4  # figures; W&B has the curves of every run
 WINDOW = 0.12  # of the steps: what a thick line is the mean of; batches differ more than steps help
+MEASURES = {
+    "plain": ("plain rounding", INK, ":"), "start": ("start", PALETTE[1], "--"), "best": ("kept", PALETTE[0], "-"),
+}  # fmt: skip
 
 
 def figures(lines: Sequence[Row]) -> dict[str, Figure]:
     """Return one figure for each learned member of each row, by name ``losses/<model>/<row>/<member>``."""
     found = [
-        (f"losses/{row.model}/{row.label}/{name}", each) for row in lines for name, each in curves(row.runs[0]).items()
+        (f"losses/{row.model}/{row.label}/{name}", each, measures(row.runs[0], name))
+        for row in lines
+        for name, each in curves(row.runs[0]).items()
     ]
-    return {name: draw(each) for name, each in found[:LIMIT]}
+    return {name: draw(each, told) for name, each, told in found[:LIMIT]}
 
 
-def draw(each: Curves) -> Figure:
-    """Draw the curves over steps: every step thin, running means thick."""
+def measures(run: Mapping[str, Any], name: str) -> dict[int, Mapping[str, float]]:
+    """Return what came of a member by block: the loss on held-out sequences of plain rounding, start and kept state."""
+    return {b["index"]: b["learned"][name] for b in run.get("blocks", []) if name in b.get("learned", {})}
+
+
+def draw(each: Curves, told: Mapping[int, Mapping[str, float | None]]) -> Figure:
+    """Draw the curves over steps, every step thin, running means thick; beside them the measures over blocks."""
     figure = new_figure(7.6, 2.9)
-    ax = figure.subplots()
+    axes = figure.subplots(1, 2, width_ratios=(2, 1)) if len(told) > 1 else [figure.subplots()]
+    ax = axes[0]
     plain_axes(ax)
     for i, (place, losses) in enumerate(each.items()):
         _curve(ax, place, losses, PALETTE[i % len(PALETTE)])
-    ax.set_yscale("linear" if "model" in each else "log")
-    ax.set_xlabel("step", color=INK, fontsize=8)
-    ax.set_ylabel(literal("cross-entropy, nats" if "model" in each else "error / mean square"), color=INK, fontsize=8)
+    whole = "model" in each
+    ax.set_yscale("linear" if whole else "log")
+    _say(ax, "step", "cross-entropy, nats" if whole else "loss of a step")
     if len(each) > 1:
         ax.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=max(1, len(each) // 12), loc="upper right")
+    if len(told) > 1:
+        _over_blocks(axes[1], told)
     return figure
+
+
+def _over_blocks(ax: Axes, told: Mapping[int, Mapping[str, float | None]]) -> None:
+    plain_axes(ax)
+    for key, (label, colour, style) in MEASURES.items():
+        values = [math.nan if (value := facts.get(key)) is None else value for facts in told.values()]
+        ax.plot(list(told), values, style, color=colour, linewidth=1.6, label=label)
+    ax.set_yscale("log")
+    _say(ax, "block", "loss on held-out sequences")
+    ax.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _say(ax: Axes, x: str, y: str) -> None:
+    ax.set_xlabel(x, color=INK, fontsize=8)
+    ax.set_ylabel(literal(y), color=INK, fontsize=8)
 
 
 def _curve(ax: Axes, place: str, losses: Sequence[float], colour: str) -> None:

@@ -23,9 +23,9 @@ from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS
 from qexp.engine.blocks import activate, quantize_blocks
 from qexp.engine.checks import check_method, check_model
-from qexp.engine.learning import Learning
 from qexp.engine.transforming import transform_model
 from qexp.engine.tuning import tune_model
+from qexp.engine.whole_model import Learning
 from qexp.models.view import ModelView
 
 TRANSFORMS = {

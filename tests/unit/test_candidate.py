@@ -19,9 +19,9 @@ from qexp.engine.acting import calibrate
 from qexp.engine.candidate import Candidate, quantizers
 from qexp.engine.capture import observe
 from qexp.engine.checks import check_method, check_model
-from qexp.engine.learning import ModelObjective
 from qexp.engine.solving import plan_of
 from qexp.engine.surroundings import SiteSurroundings
+from qexp.engine.whole_model import ModelObjective
 from qexp.models.view import ModelView
 
 BEFORE = {"plain": (), "rotated": ("fold_norm", "hadamard"), "turned": ("incoherence",)}

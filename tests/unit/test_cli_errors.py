@@ -62,6 +62,9 @@ IN_THE_VALUES = [
         "method=flatquant method/tuner=[clip]",
         ["kronecker and clip all learning the ranges", "set method/tuner=[]"],
     ),
+    ("method=omniquant method/grid=midrise_whole", ["clip learning ranges", "set method.grid.group=-1"]),
+    ("method=flatquant method/transform=[kronecker,duquant]", ["duquant behind kronecker", "clip_rate=0"]),
+    ("method=signround method.solver.training.steps=0", ["rate=0", "set method.solver.training.steps=200"]),
     ("method=omniquant calibration=none", ["calibration=none", "tuner.clip", "calibration=generated"]),
     (
         "method=lrq method.solver.training.batch=0",

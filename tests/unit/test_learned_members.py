@@ -21,6 +21,7 @@ from qexp.core.ranges import within
 from qexp.core.rng import generator
 from qexp.core.words import Insert
 from qexp.engine.blocks import activate, quantize_blocks
+from qexp.engine.candidate import quantizers
 from qexp.engine.solving import plan_of
 from qexp.engine.transforming import transform_block
 from qexp.engine.tuning import tune_model
@@ -385,3 +386,98 @@ def quantized(folder: Path, solver: str = "gptq", **stages: Any) -> ModelView:
 def cross_entropy(view: ModelView) -> float:
     out = logits(view.model, IDS)
     return float(torch.nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
+
+
+class TestTogether:
+    """What members that learn must not do to each other, or to the rest of a recipe."""
+
+    def test_norms_take_the_rate_of_two_bits(self) -> None:
+        solver = member("solver", "block_ap")
+        assert solver.norms_rate(2) == 2 * solver.norms_rate(3) == 2 * solver.norm_rate
+        assert member("solver", "lrq").norms_rate(2) == 0
+
+    @pytest.mark.parametrize("last", ["outlier_columns", "smooth"])
+    def test_ranges_are_learned_behind_all_transforms(self, last: str) -> None:
+        """Not with a learned transform whose weights another one still changes."""
+        view = view_of("llama", torch.float32)
+        tuner = short(member("tuner", "clip")["clip"], training={"steps": 2})
+        let = {"training": {"steps": 2, "floor": "none"}}
+        made = replace(
+            recipe("let", last, w=3, let=let), tuner={"clip": tuner}, grid=member("grid", "integer", w=3, g=8)
+        )
+        plan, (stream, kwargs) = plan_of(view, made, 0), stream_into(view, 0, IDS)
+        stories = transform_block(plan, scene_of(view, 0, stream, kwargs), stream)
+        assert list(stories) == ["let", "clip"] and not stories["let"].made.clips.weights
+        columns = 24 - linear_of(view, "q").path.kept
+        clips = linear_of(view, "q").clips
+        assert clips is not None and clips.shape == (24, columns // 8, 2)
+
+    @pytest.mark.parametrize("solver", SOLVERS)
+    def test_columns_that_are_kept_stay_and_ranges_may_read_the_rest_of_the_hessian(
+        self, solver: str, tmp_path: Path
+    ) -> None:
+        view = view_of("llama", torch.float32)
+        grid = member("grid", "integer_output_clip", w=3, g=8)
+        made = replace(
+            recipe("outlier_columns", w=3), grid=grid, solver=short(member("solver", solver), training={"steps": 2})
+        )
+        quantize_blocks(view, IDS, made, a_run(tmp_path))
+        linear = linear_of(view, "q")
+        assert linear.kept is not None and linear.codes is not None
+        assert linear.codes.shape[1] + linear.kept.shape[1] == 24
+        assert torch.equal(linear.weight[:, -linear.kept.shape[1] :], linear.kept)
+
+    def test_layers_of_other_bits_are_all_kept_and_taken_up(self, tmp_path: Path) -> None:
+        solver = short(member("solver", "block_ap"), training={"steps": 3, "batch": 2}, rate=1e-3)
+        mixed = replace(recipe(w=2), solver=solver, allocation=member("allocation", "by_role", w=2))
+        view = view_of("llama", torch.float32)
+        quantize_blocks(view, IDS, mixed, a_run(tmp_path / "first"))
+        more = short(solver, training={"steps": 0, "epochs": 0, "load": str(tmp_path / "first" / "learned")})
+        again = view_of("llama", torch.float32)
+        quantize_blocks(again, IDS, replace(mixed, solver=more), a_run(tmp_path / "second"))
+        assert len({view.linear(layer.name).grid.bits for layer in view.layers}) > 1  # type: ignore[union-attr]
+        ours, theirs = linear_of(view, "down"), linear_of(again, "down")
+        assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.weight, theirs.weight)  # type: ignore[arg-type]
+        another = short(solver, training={"load": str(tmp_path / "first" / "learned")})
+        with pytest.raises(UserError, match=r"holds no solver\.0\.\d.*for block 0; need a run of this recipe"):
+            wrong = replace(recipe(w=3), solver=member("solver", "lrq"))
+            wrong = replace(wrong, solver=short(wrong.solver, training={"load": another.training.load}))
+            quantize_blocks(view_of("llama", torch.float32), IDS, wrong, a_run(tmp_path / "third"))
+
+    def test_quantizers_come_back_as_they_were(self) -> None:
+        view, made = view_of("llama", torch.float32), recipe(act="per_token", a=4)
+        activate(view, [0], made)
+        path = linear_of(view, "q").path
+        with quantizers(view, recipe(act="per_token", a=8), [0]):
+            assert path.act is not None
+            inside = path.act
+        assert path.act is not None and path.act is not inside
+
+    def test_ranges_of_activations_follow_norms_that_change(self, tmp_path: Path) -> None:
+        act = member("act", "per_tensor", a=8)
+        tuner = {"norm_tweaking": short(member("tuner", "norm_tweaking")["norm_tweaking"], rate=0.05)}
+        view = view_of("llama", torch.float32)
+        made = replace(recipe(w=2), act=act, tuner=tuner)
+        seen: dict[str, torch.Tensor] = {}
+        quantize_blocks(view, IDS, made, a_run(tmp_path))
+        path = linear_of(view, "q").path
+        path.observer = lambda x: seen.update(peak=x.abs().max())
+        view.model(IDS, use_cache=False)
+        path.observer = None
+        assert float(path.ranges["scale"]) == pytest.approx(float(seen["peak"]) / 127, rel=1e-4)
+
+    def test_a_slice_of_zeros_stays_zero_on_a_midrise_grid(self) -> None:
+        W = W_OI.clone()
+        W[3] = 0
+        grid = member("grid", "midrise", w=2, g=-1)
+        kept = member("solver", "lrq").solve(W, None, grid, generator(0))
+        assert float(grid.decode(kept.codes, kept.params)[3].abs().max()) < 1e-6
+
+    def test_nothing_to_round_is_nothing_to_learn(self, tmp_path: Path) -> None:
+        view = view_of("llama")
+        before = logits(view.model)
+        tuner = member("tuner", "clip") | member("tuner", "e2e_qp")
+        made = replace(recipe("smooth", w=16), tuner=tuner)
+        quantize_blocks(view, IDS, made, a_run(tmp_path))
+        assert tune_model(view, IDS, made, a_run(tmp_path)) == {}
+        assert distance(logits(view.model), before) < 1e-9

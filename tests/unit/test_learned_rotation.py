@@ -22,10 +22,10 @@ from qexp.core.words import Insert
 from qexp.engine.candidate import quantizers
 from qexp.engine.checks import check_model
 from qexp.engine.context import quiet
-from qexp.engine.learning import Learning, ModelObjective
 from qexp.engine.solving import plan_of
 from qexp.engine.store import Store
 from qexp.engine.transforming import transform_model
+from qexp.engine.whole_model import Learning, ModelObjective
 from qexp.models.view import ModelView
 from qexp.stages.transform.learned_rotation import LearnedRotation
 

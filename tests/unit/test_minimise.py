@@ -17,7 +17,7 @@ from qexp.core.minimise import Descent, Knobs, Memory, Outcome, minimise
 from qexp.core.rng import generator
 from qexp.core.straight import on_grid, rounded
 from qexp.core.training import Training
-from qexp.engine.kept import POINTS, thinned
+from qexp.engine.learned_record import POINTS, thinned
 from qexp.engine.shelf import Shelf, shelf_for
 
 PLAIN: Training = member("tuner", "clip")["clip"].training
@@ -146,7 +146,7 @@ class TestDescent:
     def test_epochs_are_told(self) -> None:
         valley = Valley()
         descend(valley, epochs=3, steps=0, batch=2)
-        assert valley.epochs[:4] == [(0, 3), (0, 3), (1, 3), (2, 3)]
+        assert valley.epochs[:10] == [(0, 3)] * 4 + [(1, 3)] * 3 + [(2, 3)] * 3
 
     def test_no_steps_keep_the_start(self) -> None:
         valley = Valley()

@@ -24,8 +24,8 @@ from qexp.engine.candidate import Candidate, quantizers
 from qexp.engine.reconstruct import Lesson, Reconstruction, Scene, reconstruct
 from qexp.engine.solving import plan_of
 from qexp.engine.streams import advance, embed
-from qexp.engine.trained import trainings
 from qexp.engine.tuning import tune_model
+from qexp.engine.wants import trainings
 from qexp.models.view import ModelView
 
 IDS = tokens(16)
@@ -106,7 +106,7 @@ def test_streams_are_the_hidden_states_and_no_step_changes_nothing(
         handle.remove()
     seen: list[Scene] = []
     real = walk.quantize_block
-    monkeypatch.setattr(walk, "quantize_block", lambda p, s, r: (seen.append(s), real(p, s, r))[1])
+    monkeypatch.setattr(walk, "quantize_block", lambda *given: (seen.append(given[1]), real(*given))[1])
     method = replace(
         recipe("let", w=16, let={"training": {"steps": 0, "epochs": 0, "floor": "none"}}), kv=member("kv", "none")
     )

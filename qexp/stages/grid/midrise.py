@@ -21,6 +21,7 @@ from qexp.core.words import Layer, Params
 from qexp.stages.grid import _shared as shared
 from qexp.stages.grid import _shared_scale as scales
 
+SILENT = 2.0**-24  # the least of float16: the step of a slice of zeros, where one is to be learned
 AUTO = {2: 1.5, 3: 2.1, 4: 2.4, 5: 2.8, 6: 3.2, 7: 3.6, 8: 4.0}
 
 
@@ -78,9 +79,9 @@ class Midrise:
         return self._top
 
     def spacing(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Return scale and zero [O, G]."""
+        """Return scale and zero [O, G]; no scale is 0."""
         scale = params["scale"]
-        return torch.where(scale == 0, 1, scale), torch.full_like(scale, self._top / 2)
+        return torch.where(scale == 0, SILENT, scale), torch.full_like(scale, self._top / 2)
 
     def stored(self, scale: Tensor, zero: Tensor) -> Params:
         """Return the parameters that keep a scale."""

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from qexp.core.ranges import over
+from qexp.core.ranges import bare, over
 from qexp.core.stages import Grid
 from qexp.core.words import Params
 
@@ -77,12 +77,12 @@ class Sweep:
 
         Updates as wide as the columns they serve move less memory than lazy blocks of 128, for the same sums.
         """
-        dim, grid = self.grid.dim, self.grid
+        dim, grid, inner = self.grid.dim, self.grid, bare(self.grid)
         few = hi - lo <= NEIGHBOURS and dim == 1 and self.T_IO.dtype == torch.float32
-        if few and isinstance(grid, SweepsColumns):
+        if few and isinstance(inner, SweepsColumns):
             part = slice(lo, hi)
             params = {name: p[part] for name, p in self.params.items()}
-            self.codes[part] = grid.sweep(self.T_IO[part], self.E_IO[part], self.M_II[part, part], params)
+            self.codes[part] = inner.sweep(self.T_IO[part], self.E_IO[part], self.M_II[part, part], params)
             return
         if hi - lo > dim:
             mid = lo + (hi - lo) // dim // 2 * dim

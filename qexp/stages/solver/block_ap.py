@@ -48,8 +48,14 @@ class BlockAp:
 
     def rounding(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Everything:
         """Return the rounding of one weight at its start."""
-        rate = self.rate * (self.low_bit_factor if grid.bits == 2 else 1.0)
-        return Everything(start(W_OI, stats, grid), rate, self.step_rate)
+        return Everything(start(W_OI, stats, grid), self.rate * self._factor(grid.bits), self.step_rate)
+
+    def norms_rate(self, bits: int) -> float:
+        """Return the rate of the block's norms."""
+        return self.norm_rate * self._factor(bits)
+
+    def _factor(self, bits: int) -> float:
+        return self.low_bit_factor if bits == 2 else 1.0
 
 
 class Everything:

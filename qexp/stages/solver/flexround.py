@@ -37,7 +37,10 @@ class FlexRound:
 
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
-    norm_rate: ClassVar[float] = 0.0
+
+    def norms_rate(self, bits: int) -> float:
+        """Return 0: norms stay."""
+        return 0.0
 
     def solve(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Quantized:
         """Return where learning starts: plain rounding."""

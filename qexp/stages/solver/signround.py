@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qexp.core.errors import UserError
 from qexp.core.minimise import Knobs
 from qexp.core.stages import Grid
 from qexp.core.straight import on_grid
@@ -34,7 +35,16 @@ class SignRound:
 
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
-    norm_rate: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise UserError where the rate would follow from a number of steps that is not given."""
+        if not self.rate and not self.training.steps:
+            key = "method.solver"
+            raise UserError(f"{key}.rate=0, which takes 1 / steps, with steps=0", "either", f"{key}.training.steps=200")
+
+    def norms_rate(self, bits: int) -> float:
+        """Return 0: norms stay."""
+        return 0.0
 
     def solve(self, W_OI: Tensor, stats: Stats | None, grid: Grid, rng: torch.Generator) -> Quantized:
         """Return where learning starts: plain rounding."""

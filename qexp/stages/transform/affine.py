@@ -59,6 +59,10 @@ class Affine:
         """Return the sites behind norms, the values, and the keys."""
         return model.sites("attn_in", "mlp_in", "value", "keys")
 
+    def kind_at(self, site: Site) -> str:
+        """Return the kind of map at a site."""
+        return {"value": "per_head", "keys": "rotary"}.get(site.kind, self.inserts)
+
     def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert:
         """Return the start."""
         return self._insert(site, self._start(site, around), 1)

@@ -64,6 +64,10 @@ class KroneckerMaps:
         """Return every input of a linear, the values, and queries and keys."""
         return model.sites("attn_in", "value", "attn_out", *(["query_key"] if self.keys else []), "mlp_in", "mlp_mid")
 
+    def kind_at(self, site: Site) -> str:
+        """Return the kind of map at a site."""
+        return "per_head" if site.kind == "value" else "dense"
+
     def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert:
         """Return the start: a random orthogonal map and, where there is one, the first scale."""
         return _insert(site, self._start(site, around, rng))

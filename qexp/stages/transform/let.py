@@ -51,6 +51,10 @@ class Let:
         """Return the sites behind norms, the values, and the keys, block by block in the order they are folded."""
         return model.sites("attn_in", "mlp_in", "value", *(["keys"] if self.keys else []))
 
+    def kind_at(self, site: Site) -> str:
+        """Return the kind of map at a site."""
+        return {"value": "per_head", "keys": "rotary_diagonal"}.get(site.kind, "diagonal")
+
     def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert:
         """Return the start."""
         return _insert(site, self._start(site, around))

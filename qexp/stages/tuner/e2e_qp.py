@@ -19,12 +19,11 @@ from torch import Tensor
 from qexp.core.errors import UserError
 from qexp.core.minimise import Knobs
 from qexp.core.ranges import Uniform
+from qexp.core.spacing import Spacing
 from qexp.core.stages import Grid
-from qexp.core.straight import slices, straight
+from qexp.core.straight import slices
 from qexp.core.training import Training
 from qexp.core.words import Quantized
-
-FLOOR = 1e-6  # of a step, as a share of where it starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +47,20 @@ class Steps:
     """The steps of one weight, whose codes stay."""
 
     def __init__(self, quantized: Quantized, grid: Grid, rate: float) -> None:
-        self.codes, self.grid = quantized.codes, cast("Uniform", grid)
-        self.begun, self.zero = self.grid.spacing(quantized.params)
-        self.scale = self.begun.clone().requires_grad_()
+        self.codes = quantized.codes
+        self.spacing = Spacing(cast("Uniform", grid), *cast("Uniform", grid).spacing(quantized.params))
+        self.scale = self.spacing.scale.clone().requires_grad_()
         self.knobs: Sequence[Knobs] = [Knobs("steps", [self.scale], rate)]
 
     def rounded(self) -> Tensor:
         """Return the weight [O, I]."""
-        met = straight(self.scale, self.grid.stored(self._kept(), self.zero)["scale"])
-        levels = slices(self.codes.to(met), self.begun.shape[1]) - self.zero[..., None]
+        met = self.spacing.met(self.scale)
+        levels = slices(self.codes.to(met), met.shape[1]) - self.spacing.zero[..., None]
         return (levels * met[..., None]).flatten(1)
 
     def quantized(self) -> Quantized:
         """Return the codes as they were, and the steps."""
-        return Quantized(self.codes, self.grid.stored(self._kept(), self.zero))
+        return Quantized(self.codes, self.spacing.params(self.scale, self.spacing.zero, len(self.codes)))
 
     def project(self) -> None:
         """The floor is in the forward pass."""
-
-    def _kept(self) -> Tensor:
-        return (self.scale.detach() / self.begun).clamp(min=FLOOR) * self.begun

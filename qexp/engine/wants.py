@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, RangeTuner, Trained
+from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, NormFactors, RangeTuner, Trained
 from qexp.core.stages import Method
 from qexp.core.training import Training
 
@@ -34,6 +34,13 @@ def trainings(method: Method) -> dict[str, Training]:
     found |= {"solver": method.solver.training} if isinstance(method.solver, LearnedSolver) else {}
     tuners = {n: t for n, t in method.tuner.items() if isinstance(t, RangeTuner | BlockTuner)}
     return found | {f"tuner.{n}": t.training for n, t in tuners.items()}
+
+
+def changes_norms(method: Method) -> bool:
+    """Return whether norms change behind the moment at which inputs are calibrated."""
+    solver = method.solver
+    tuned = any(isinstance(tuner, BlockTuner | NormFactors) for tuner in method.tuner.values())
+    return tuned or (isinstance(solver, LearnedSolver) and solver.norms_rate(method.grid.bits) > 0)
 
 
 def model_trainings(method: Method) -> dict[str, Training]:
