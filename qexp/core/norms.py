@@ -34,12 +34,6 @@ def gain_of(norm: Any, kind: str) -> Tensor:
     return 1 + weight if kind == OFFSET_NORM else weight
 
 
-@torch.no_grad()
-def set_gain(norm: Any, kind: str, gain: Tensor) -> None:
-    """Set the effective gain [I]."""
-    norm.weight.copy_(gain - 1 if kind == OFFSET_NORM else gain)
-
-
 def bias_of(norm: nn.Module) -> Tensor | None:
     """Return the bias of the norm, float64 [I], or None."""
     bias = getattr(norm, "bias", None)

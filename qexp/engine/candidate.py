@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
+from qexp.core.absorb import Parameters
 from qexp.core.learned import NO_CLIPS, Made
 from qexp.core.linear import InputPath, QuantLinear
 from qexp.core.maps import LinearMap
-from qexp.core.norms import NORM, OFFSET_NORM
 from qexp.core.placed import wide
 from qexp.core.ranges import Clipped, Imitated, bare, within
-from qexp.core.rewrite import dual_weight, dual_written, undo, written
 from qexp.core.stages import Grid, Method
 from qexp.core.straight import straight
-from qexp.core.words import FULL_BITS, Insert, Site, Writer
+from qexp.core.words import FULL_BITS, Insert, Site
 from qexp.engine.acting import act_of, search_quantizer
 from qexp.engine.streams import Kwargs
 from qexp.models.view import ModelView
@@ -74,16 +72,16 @@ class Candidate:
 
     def _rewritten(self, inserts: Inserts, prefix: str) -> Weights:
         """Return what the inserts make of a block's parameters; what is folded acts first."""
-        made = _Parameters(self.view)
+        made = Beside(self.view.model)
         for name, insert in sorted(inserts.items(), key=lambda item: not self._folded(*item)):
             site, folded = self.sites[name], self._folded(name, insert)
             for writer in (w for w in site.writers if folded and w.name.startswith(prefix)):
                 made.write(writer, insert)
             for reader in (r for r in site.readers if site.kind != "query_key" and r.startswith(prefix)):
                 if site.kind == "keys":
-                    made.answer_keys(reader, site, insert)
+                    made.answer(reader, site.writers[0], insert)
                 else:
-                    made.read(reader, insert, self.view.linear(reader).path.maps if folded else [])
+                    made.read(reader, insert, folded)
         return made.made
 
     @contextmanager
@@ -112,55 +110,24 @@ class Candidate:
                 door.rotation = before
 
 
-class _Parameters:
-    """Parameters as inserts change them one after the other: core/rewrite.py, differentiable and on the side."""
+class Beside(Parameters):
+    """Parameters as inserts would change them: differentiable, and the model stays."""
 
-    def __init__(self, view: ModelView) -> None:
-        self.view, self.made = view, Weights()
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.made: Weights = {}
 
     def now(self, name: str) -> Tensor | None:
+        """Return a parameter, changed or the model's own, in float32 (float64 for float64)."""
         if name in self.made:
             return self.made[name]
         owner, leaf = name.rsplit(".", 1)
-        value: Tensor | None = getattr(self.view.model.get_submodule(owner), leaf, None)
+        value: Tensor | None = getattr(self.model.get_submodule(owner), leaf, None)
         return None if value is None else wide(value)
 
-    def write(self, writer: Writer, insert: Insert) -> None:
-        """Let a norm or a linear write (x + shift) A."""
-        weight, bias = self.now(f"{writer.name}.weight"), self.now(f"{writer.name}.bias")
-        assert weight is not None
-        if writer.kind in (NORM, OFFSET_NORM):
-            offset = 1.0 if writer.kind == OFFSET_NORM else 0.0
-            self.made[f"{writer.name}.weight"] = insert.map.apply(weight + offset) - offset
-            write = insert.map.apply
-        else:
-            write = partial(written, insert.map, self.view.linear(writer.name).unmap)
-            self.made[f"{writer.name}.weight"] = write(weight.T).T
-        if bias is not None:
-            self.made[f"{writer.name}.bias"] = write(bias if insert.shift is None else bias + insert.shift.to(bias))
-
-    def read(self, reader: str, insert: Insert, online: list[LinearMap]) -> None:
-        """Give a linear the dual of the map, and the bias that undoes the shift."""
-        weight, bias = self.now(f"{reader}.weight"), self.now(f"{reader}.bias")
-        assert weight is not None
-        if insert.shift is not None:
-            assert bias is not None, "a shift in front of a linear without a bias"
-            self.made[f"{reader}.bias"] = bias - undo(weight, online) @ insert.shift.to(weight)
-        self.made[f"{reader}.weight"] = dual_weight(weight, insert.map, online)
-
-    def answer_keys(self, reader: str, site: Site, insert: Insert) -> None:
-        """Let queries, which meet the keys, have the dual of the map: rows of their linear, or their norm's gain."""
-        weight, bias = self.now(f"{reader}.weight"), self.now(f"{reader}.bias")
-        assert weight is not None
-        kind = site.writers[0].kind
-        if kind in (NORM, OFFSET_NORM):
-            offset = 1.0 if kind == OFFSET_NORM else 0.0
-            self.made[f"{reader}.weight"] = insert.map.dual(weight + offset) - offset
-            return
-        write = partial(dual_written, insert.map, self.view.linear(reader).unmap)
-        self.made[f"{reader}.weight"] = write(weight.T).T
-        if bias is not None:
-            self.made[f"{reader}.bias"] = write(bias)
+    def put(self, name: str, value: Tensor) -> None:
+        """Keep the value."""
+        self.made[name] = value
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The hidden states that travel from block to block, and one block's forward over them.
 
-A stream is the list of a block's inputs, one tensor [B, S, C] per micro-batch, on a shelf (shelf.py). Each block gets the
-keyword arguments (mask, rotary tables, ...) that the model itself gives it, recorded once on one sequence: they
-broadcast over the batch because all sequences have the same length and no padding. Where they do not (Bloom's alibi has
-an entry for each sequence and head), a micro-batch is one sequence.
+A stream is the list of a block's inputs, one tensor [B, S, C] per micro-batch, on a shelf (shelf.py). Each block gets
+the keyword arguments (mask, rotary tables, ...) that the model itself gives it, recorded once on one sequence: they
+broadcast over the batch because all sequences have the same length and no padding. Where they do not (Bloom's alibi
+has an entry for each sequence and head), a micro-batch is one sequence.
 """
 
 from __future__ import annotations

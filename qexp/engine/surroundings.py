@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qexp.core.absorb import undo
 from qexp.core.linear import QuantLinear
 from qexp.core.maps import LinearMap
-from qexp.core.rewrite import reader_weight, undo
+from qexp.core.rewrite import reader_weight
 from qexp.core.stages import Grid
 from qexp.core.words import Group, Site, Stats
 from qexp.engine.acting import act_of, search_quantizer

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qexp.core.absorb import InPlace
 from qexp.core.learned import BlockTuner, Made, ModelTuner, NormFactors, Rounding
 from qexp.core.maps import Diagonal
 from qexp.core.minimise import Descent, Memory, Outcome, minimise
-from qexp.core.rewrite import write
 from qexp.core.rng import generator
 from qexp.core.stages import Method
 from qexp.core.training import Training
@@ -80,7 +80,7 @@ def _rescale(plan: Plan, block: int, tuner: NormFactors, before: Before, seen: M
         pairs = [(before[name], reader.weight) for name, reader in zip(site.readers, readers, strict=True)]
         factors = Insert("diagonal", Diagonal(tuner.factors(seen[site.name].H_II, pairs)))
         for writer in site.writers:
-            write(view.model.get_submodule(writer.name), writer, factors)
+            InPlace(view.model).write(writer, factors)
     view.replays.clear()
 
 
