@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qexp.core.losses import Curves, curves
@@ -36,7 +37,7 @@ def measures(run: Mapping[str, Any], name: str) -> dict[int, Mapping[str, float]
     return {b["index"]: b["learned"][name] for b in run.get("blocks", []) if name in b.get("learned", {})}
 
 
-def draw(each: Curves, told: Mapping[int, Mapping[str, float | None]]) -> Figure:
+def draw(each: Curves, told: Mapping[int, Mapping[str, float | None]] = MappingProxyType({})) -> Figure:
     """Draw the curves over steps, every step thin, running means thick; beside them the measures over blocks."""
     figure = new_figure(7.6, 2.9)
     axes = figure.subplots(1, 2, width_ratios=(2, 1)) if len(told) > 1 else [figure.subplots()]

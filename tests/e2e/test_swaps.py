@@ -50,6 +50,7 @@ TUNERS = {
     "none": "method/tuner=[]",
     "clip": "method/tuner=[clip] method.tuner.clip.training.steps=1",
     "norm_tweaking": "method/tuner=[norm_tweaking]",
+    "norm_closed_form": "method/tuner=[norm_closed_form]",
     "e2e_qp": "method/tuner=[e2e_qp]",
     "all": "method/tuner=[clip,norm_tweaking,e2e_qp] method.tuner.clip.training.steps=1",
 }
@@ -60,7 +61,7 @@ IDS = tokens(4)
 
 
 def test_all_are_there() -> None:
-    assert len(LEARNING) == 4 * 5 * 3 * 5
+    assert len(LEARNING) == 4 * 5 * 3 * 6
     assert {*SOLVERS, *LEARNED, "gptq_in_order", "ldlq"} == set(names("solver")) and TUNERS.keys() > set(names("tuner"))
     assert len(SWAPS) == 11 * 2 * 3 * 2 * 2 == len(set(SWAPS))
     of_earlier_issues = {"fold_norm", "hadamard", "hadamard_keys", "hadamard_online", "smooth", "smooth_duquant", "awq"}

@@ -171,7 +171,11 @@ def test_blocks_and_figures_become_curves_a_table_and_images(tmp_path: Path) -> 
 
 def test_losses_become_curves_over_steps_and_inputs_a_table(tmp_path: Path) -> None:
     loud, quiet = {"kurtosis": 9.0, "peak": 30.0, "sqnr_db": 11.0}, {"kurtosis": 3.0, "peak": 2.0, "sqnr_db": None}
-    blocks = [{**block, "losses": {"kronecker": [0.3, 0.2 - i / 10]}} for i, block in enumerate(RECORD["blocks"])]
+    told = {"kronecker": {"plain": 0.4, "start": 0.3, "best": 0.1, "seconds": 2.0, "degraded": 0.0}}
+    blocks = [
+        {**block, "losses": {"kronecker": [0.3, 0.2 - i / 10]}, "learned": told}
+        for i, block in enumerate(RECORD["blocks"])
+    ]
     about = {
         "inputs": [{"layer": "layers.0.q_proj", "before": loud, "after": quiet}],
         "losses": {"learned_rotation": [4.0, 3.5, 3.25]},
@@ -182,6 +186,8 @@ def test_losses_become_curves_over_steps_and_inputs_a_table(tmp_path: Path) -> N
     assert [row["learn/step"] for row in steps] == [1, 2, 3]
     assert [row["learn/learned_rotation/model"] for row in steps] == [4.0, 3.5, 3.25]
     assert [row.get("learn/kronecker/block_1") for row in steps] == [0.3, 0.1, None]
+    per_block = [row for row in read_back(Path(where))["history"] if "block/index" in row]
+    assert [row["block/kronecker/best"] for row in per_block] == [0.1] * len(blocks)
     table = json.loads(next((Path(where) / "files" / "media" / "table").glob("inputs*.json")).read_text())
     names = [f"{key}_{when}" for key in ("kurtosis", "peak", "sqnr_db") for when in ("before", "after")]
     assert table["columns"] == ["layer", *names]
