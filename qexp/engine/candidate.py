@@ -23,7 +23,7 @@ from qexp.core.stages import Grid, Method
 from qexp.core.straight import straight
 from qexp.core.words import FULL_BITS, Insert, Site
 from qexp.engine.acting import act_of, search_quantizer
-from qexp.engine.streams import Kwargs
+from qexp.engine.streams import Kwargs, hidden_states
 from qexp.models.view import ModelView
 
 Inserts = Mapping[str, Insert]
@@ -58,9 +58,7 @@ class Candidate:
         plain = {f"{prefix}{name}": value for name, value in self.view.blocks[block].named_parameters()}
         local = {name.removeprefix(prefix): W.to(x.dtype) for name, W in (plain | weights).items()}
         with self._online(made.inserts, prefix):
-            answer = functional_call(self.view.blocks[block], local, (x,), kwargs)
-        first: Tensor = answer[0] if isinstance(answer, tuple) else answer
-        return first
+            return hidden_states(functional_call(self.view.blocks[block], local, (x,), kwargs))
 
     def block(self, inserts: Inserts, block: int, x: Tensor, kwargs: Kwargs, grids: Grids) -> Tensor:
         """Return what a block answers to x under inserts; gradients reach the tensors of the inserts."""

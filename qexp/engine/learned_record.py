@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from safetensors.torch import save_file
-
 from qexp.core.words import BlockReport
 from qexp.engine.context import Run
 from qexp.engine.reconstruct import Story
+from qexp.engine.store import Finished, write
 
 POINTS = 512  # of a curve in the record
 
@@ -19,11 +18,7 @@ def keep_learned(run: Run, report: BlockReport, stories: Mapping[str, Story]) ->
     report.learned = {name: story.facts() for name, story in stories.items()}
     tensors = {n: t.cpu().contiguous() for story in stories.values() for n, t in story.tensors.items()}
     if tensors:
-        folder = run.folder / "learned"
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{report.index:05d}.part"
-        save_file(tensors, part, metadata={"facts": "{}"})
-        part.replace(folder / f"{report.index:05d}.safetensors")
+        write(run.folder / "learned" / f"{report.index:05d}.safetensors", Finished(tensors, {}))
 
 
 def thinned(losses: list[float]) -> list[float]:

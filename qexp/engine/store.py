@@ -60,12 +60,18 @@ class Store:
         before = len(self.warnings)
         finished = make()
         finished.facts["warnings"] = self.warnings[before:]  # a resumed run must not lose them
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file(finished.tensors, part, metadata={"facts": json.dumps(finished.facts)})
-        part.replace(path)
+        write(path, finished)
         for left in self.folder.glob(f"{key}.*.part"):
             left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         return finished
+
+
+def write(path: Path, finished: Finished) -> None:
+    """Write a file beside its place and rename it: a kill leaves a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file(finished.tensors, part, metadata={"facts": json.dumps(finished.facts)})
+    part.replace(path)
 
 
 def read(path: Path) -> Finished:

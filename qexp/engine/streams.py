@@ -97,4 +97,10 @@ def answers(view: ModelView, block: int, stream: Stream, kwargs: Kwargs) -> Iter
                 answer = view.blocks[block](x.to(device), **kwargs)
         except StopForward:
             continue
-        yield answer[0] if isinstance(answer, tuple) else answer
+        yield hidden_states(answer)
+
+
+def hidden_states(answer: Any) -> Tensor:
+    """Return what a module answers, without what some return beside it."""
+    first: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    return first

@@ -22,7 +22,7 @@ from qexp.core.stages import Grid
 from qexp.core.words import Group, Site, Stats
 from qexp.engine.acting import act_of, search_quantizer
 from qexp.engine.solving import Plan
-from qexp.engine.streams import Kwargs, StopForward, Stream, answers
+from qexp.engine.streams import Kwargs, StopForward, Stream, answers, hidden_states
 from qexp.models.view import ModelView
 
 Call = tuple[Any, Any, Tensor]
@@ -105,7 +105,7 @@ def calls(view: ModelView, group: Group, stream: Stream, kwargs: Kwargs) -> list
             pass
     finally:
         handle.remove()
-    return [(args, given, _tensor(module(*args, **given))) for args, given in seen]
+    return [(args, given, hidden_states(module(*args, **given))) for args, given in seen]
 
 
 def damage_oracle(
@@ -136,7 +136,9 @@ def damage_oracle(
         for layer, W in zip(layers, rounded, strict=True):
             layer.weight = nn.Parameter(W, requires_grad=False)
         try:
-            errors = [(_tensor(module(*args, **given)) - answer).float().pow(2).sum() for args, given, answer in truth]
+            errors = [
+                (hidden_states(module(*args, **given)) - answer).float().pow(2).sum() for args, given, answer in truth
+            ]
         finally:
             for layer, weight in zip(layers, kept, strict=True):
                 layer.weight = weight
@@ -163,8 +165,3 @@ def _rounded(layer: QuantLinear, candidate: LinearMap, folded: bool, grid: Grid 
         params = grid.fit(W, None)
         W = grid.decode(grid.encode(W, params), params)
     return W.to(layer.weight)
-
-
-def _tensor(answer: Any) -> Tensor:
-    first: Tensor = answer[0] if isinstance(answer, tuple) else answer
-    return first

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qexp.core.absorb import InPlace
@@ -30,7 +29,7 @@ from qexp.engine.learned_record import thinned
 from qexp.engine.reconstruct import Lesson, Scene, Story, reconstruct
 from qexp.engine.rounding import norms_of, put_norms
 from qexp.engine.solving import Plan, plan_of
-from qexp.engine.store import Finished, read
+from qexp.engine.store import Finished, read, write
 from qexp.engine.whole_model import NextToken
 from qexp.models.view import ModelView
 
@@ -96,6 +95,7 @@ def tune_model(view: ModelView, tokens: Tensor, method: Method, run: Run) -> dic
             return _tuned(plan, tokens, name, tuner, run)
 
         finished = run.store.once(f"tuned-{name}", make)
+        _Disk(run, name).path.unlink(missing_ok=True)
         for layer, params in finished.facts["params"].items():
             linear = view.linear(layer)
             assert linear.grid is not None and linear.codes is not None
@@ -112,9 +112,8 @@ def _tuned(plan: Plan, tokens: Tensor, name: str, tuner: ModelTuner, run: Run) -
         linear = plan.view.linear(layer)
         assert linear.grid is not None and linear.codes is not None
         decodings[layer] = tuner.decoding(Quantized(linear.codes, linear.params, linear.kept), linear.grid)
-    memory = _Disk(run, f"{name}.state")
+    memory = _Disk(run, name)
     outcome = _descend(plan, NextToken(plan.view, tokens, run.folder), tuner.training, decodings, name, memory)
-    memory.path.unlink(missing_ok=True)
     if outcome.degraded:
         log.warning("%s diverged at every rate tried; its best state (step %d) is kept", name, outcome.best_step)
     params = {layer: decoding.quantized().params for layer, decoding in decodings.items()}
@@ -169,7 +168,7 @@ class _Disk(Memory):
     """The state of a descent in the run's folder, replaced as a whole."""
 
     def __init__(self, run: Run, name: str) -> None:
-        self.path = run.folder / "blocks" / f"{name}.safetensors"
+        self.path = run.folder / "blocks" / f"{name}.state.safetensors"
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return what was saved last, None if nothing was."""
@@ -179,9 +178,5 @@ class _Disk(Memory):
         return found.tensors, found.facts
 
     def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write beside and rename."""
-        import json
-
-        part = self.path.with_suffix(".part")
-        save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata={"facts": json.dumps(facts)})
-        part.replace(self.path)
+        """Replace what was saved."""
+        write(self.path, Finished({name: t.cpu().contiguous() for name, t in tensors.items()}, facts))

@@ -87,7 +87,7 @@ LEARNING_MOMENTS = {
         1,
     ),
     "training end to end has begun": ("qexp.engine.tuning.NextToken.descend", "1", "after", 3),
-    "a state of it is written but not renamed": ("qexp.engine.tuning.save_file", "1", "after", 3),
+    "a state of it is written but not renamed": ("qexp.engine.store.save_file", "7", "after", 3),
     "training end to end goes on behind that state": ("qexp.engine.tuning.NextToken.descend", "3", "after", 4),
 }
 

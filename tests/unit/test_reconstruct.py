@@ -173,10 +173,6 @@ def test_the_block_that_trains_is_the_block_that_is_kept(name: str, grid: str, t
     assert Reconstruction(replace(plan, view=other), scene, lesson).measure() == now
 
 
-def walk_trainings(method: Method) -> dict[str, Any]:
-    return trainings(method)
-
-
 # 4: gradients by way of leaves
 
 
