@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stage_members import member
-from toy_models import distance, logits, tokens, view_of
+from toy_models import FAMILIES, distance, logits, tokens, view_of
 from toy_recipes import a_run, linear_of, recipe, scene_of, short, stream_into
 
 from qexp.core import rewrite
@@ -23,8 +23,10 @@ from qexp.core.words import Insert
 from qexp.engine.blocks import activate, quantize_blocks
 from qexp.engine.candidate import quantizers
 from qexp.engine.solving import plan_of
+from qexp.engine.streams import hidden_states
 from qexp.engine.transforming import transform_block
 from qexp.engine.tuning import tune_model
+from qexp.engine.whole_model import NextToken
 from qexp.models.view import ModelView
 from qexp.stages.solver.rtn import Rtn
 from qexp.stages.transform.affine import mask
@@ -481,3 +483,25 @@ class TestTogether:
         quantize_blocks(view, IDS, made, a_run(tmp_path))
         assert tune_model(view, IDS, made, a_run(tmp_path)) == {}
         assert distance(logits(view.model), before) < 1e-9
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_everything_is_learned_on_every_family(self, family: str, tmp_path: Path) -> None:
+        """Norms with offsets, norms of keys, biases, tied embeddings, capped logits, sliding windows."""
+        few = {"steps": 3, "epochs": 0, "batch": 2}
+        tuners = {
+            name: short(member("tuner", name)[name], training=few) for name in ("clip", "norm_tweaking", "e2e_qp")
+        } | member("tuner", "norm_closed_form")
+        made = replace(
+            recipe("affine", w=4, act="per_token_asymmetric", a=8, affine={"training": {**few, "floor": "none"}}),
+            solver=short(member("solver", "block_ap"), training=few), tuner=tuners, quantize_stream=True,
+        )  # fmt: skip
+        view, truth = view_of(family, torch.float32), logits(view_of(family, torch.float32).model, IDS)
+        reports = quantize_blocks(view, IDS, made, a_run(tmp_path))
+        loss = NextToken(view, IDS)
+        told = loss.measure(lambda i, x: hidden_states(view.blocks[i](x, **loss.kwargs[i])), range(len(IDS)))
+        assert told == pytest.approx(cross_entropy(view), rel=1e-4), "the loss that is descended is the model's own"
+        (losses,) = tune_model(view, IDS, made, a_run(tmp_path)).values()
+        assert len(losses) == 3
+        assert [list(r.learned) for r in reports] == [["affine", "solver", "norm_tweaking"]] * 2
+        answer = logits(view.model, IDS)
+        assert float((answer - truth).pow(2).mean() / truth.pow(2).mean()) < 0.3
