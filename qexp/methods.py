@@ -142,10 +142,16 @@ def entry(group: str, name: str) -> Entry:
     built = build(node, f"{group}={name}")
     text = compose.text_of(group, name)
     if group == "method":
-        members = [built.grid, built.solver, *built.transform.values()]
-        return Entry(group, name, text, "", frozenset().union(*(member.needs for member in members)))
+        members = [built.grid, built.solver, *built.transform.values(), *built.tuner.values()]
+        return Entry(group, name, text, "", frozenset().union(*map(needs_of, members)))
     module = inspect.getmodule(type(built))
-    return Entry(group, name, text, (module and module.__doc__) or "", getattr(built, "needs", frozenset()))
+    return Entry(group, name, text, (module and module.__doc__) or "", needs_of(built))
+
+
+def needs_of(member: object) -> frozenset[str]:
+    """Return what a member needs; whatever is learned needs calibration."""
+    learned = {"activations"} if hasattr(member, "training") else set()
+    return getattr(member, "needs", frozenset()) | learned
 
 
 def show(found: Sequence[Entry]) -> None:

@@ -61,8 +61,6 @@ class Store:
         finished = make()
         finished.facts["warnings"] = self.warnings[before:]  # a resumed run must not lose them
         write(path, finished)
-        for left in self.folder.glob(f"{key}.*.part"):
-            left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         return finished
 
 
@@ -72,6 +70,8 @@ def write(path: Path, finished: Finished) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     save_file(finished.tensors, part, metadata={"facts": json.dumps(finished.facts)})
     part.replace(path)
+    for left in path.parent.glob(f"{path.stem}.*.part"):
+        left.unlink(missing_ok=True)  # of a process that was killed while it wrote
 
 
 def read(path: Path) -> Finished:

@@ -95,7 +95,8 @@ def tune_model(view: ModelView, tokens: Tensor, method: Method, run: Run) -> dic
             return _tuned(plan, tokens, name, tuner, run)
 
         finished = run.store.once(f"tuned-{name}", make)
-        _Disk(run, name).path.unlink(missing_ok=True)
+        for left in (run.folder / "blocks").glob(f"{name}.state.*"):
+            left.unlink(missing_ok=True)  # it has served
         for layer, params in finished.facts["params"].items():
             linear = view.linear(layer)
             assert linear.grid is not None and linear.codes is not None

@@ -80,12 +80,7 @@ LONGER = {
 LEARNING_MOMENTS = {
     # as MOMENTS, of efficientqat
     "the second block is half learned": ("qexp.engine.reconstruct.Reconstruction.step", "5", "after", 1),
-    "what the second block has learned is written, the block is not": (
-        "qexp.engine.learned_record.save_file",
-        "2",
-        "after",
-        1,
-    ),
+    "the second block's learned tensors are written": ("qexp.engine.store.save_file", "3", "after", 1),
     "training end to end has begun": ("qexp.engine.tuning.NextToken.descend", "1", "after", 3),
     "a state of it is written but not renamed": ("qexp.engine.store.save_file", "7", "after", 3),
     "training end to end goes on behind that state": ("qexp.engine.tuning.NextToken.descend", "3", "after", 4),

@@ -1,8 +1,8 @@
 """Learn how far the range of every row or group of weights goes (LWC: learnable weight clipping).
 
     range = [sigmoid(l) * min W, sigmoid(u) * max W],  l and u learned, one each per slice, 4 at the start (0.982)
-They are learned against the block's float answer before any code is taken, together with the recipe's last learned
-transform, if it has one (OmniQuant's LET), else alone behind its transforms. Any grid then fits the cut range.
+They are learned against the block's float answer before any code is taken, together with the recipe's last transform if
+that one is learned (OmniQuant's LET), else alone behind all transforms. Any grid then fits the cut range.
 
 Source: arXiv:2308.13137 section 3.2, code 95fae1b, methods/omniquant.md.
 Differs: gradients go straight through the rounding of zero points, so a weight that is cut follows its end; scales are
