@@ -2,8 +2,9 @@
 
 The state is measured at the start, every so many steps and at the end. Where a loss or gradient is not finite, or the
 measure has grown to twice its start, the best state comes back, all rates are halved and what followed it is done
-again; after the third time the best state stays and the outcome says ``degraded``. So what is kept is never worse than
-the start, by its measure. Orthogonal matrices move on their own manifold (core/stiefel.py).
+again; after the third time the best state stays. The outcome says ``degraded`` then, or if nothing came of any rate.
+So what is kept is never worse than the start, by its measure. Orthogonal matrices move on their own manifold
+(core/stiefel.py).
 
 Source: methods/block_reconstruction.md section 5.
 """
@@ -177,6 +178,7 @@ class _Loop:
 
     def _end(self) -> Outcome:
         self.outcome.best, self.outcome.best_step = self.best.measure, self.best.step
+        self.outcome.degraded |= self.outcome.retries > 0 and self.best.step == 0  # nothing came of any rate
         if self.training.select == "best" or self.outcome.degraded:
             self._restore()
             self._tell_epoch(max(0, self.best.step - 1))
