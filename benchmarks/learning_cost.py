@@ -12,26 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from depths import MB, VOCABULARY, measured, random_view
 from meter import Meter, resident_bytes
-
-MB = 1e6
-HEADS = 8
 
 
 def learn(blocks: int, sizes: argparse.Namespace) -> dict[str, float]:
     """Learn for a few steps on a random model; return bytes and seconds."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from qexp import compose
     from qexp.core.build import build
@@ -39,7 +33,6 @@ def learn(blocks: int, sizes: argparse.Namespace) -> dict[str, float]:
     from qexp.engine.store import Store
     from qexp.engine.transforming import transform_model
     from qexp.engine.whole_model import Learning
-    from qexp.models.view import ModelView
 
     if not sizes.exact:
         keep_freed_memory()
@@ -48,12 +41,8 @@ def learn(blocks: int, sizes: argparse.Namespace) -> dict[str, float]:
     with compose.hydra():
         choice = compose.composed(["method=spinquant", "bits=w4a4kv4", *settings])
     method = build(choice["method"])
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=sizes.hidden, intermediate_size=sizes.inner, num_hidden_layers=blocks,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS // 2,
-    )  # fmt: skip
-    view = ModelView(LlamaForCausalLM(config).eval().requires_grad_(False))
-    tokens = torch.randint(0, 4096, (sizes.batch, sizes.tokens))
+    view = random_view(blocks, sizes)
+    tokens = torch.randint(0, VOCABULARY, (sizes.batch, sizes.tokens))
     weights = sum(p.nbytes for p in view.model.parameters())
     rotation = method.transform["learned_rotation"]
     numbers = sum((s.head_size or s.size) ** 2 for s in rotation.sites(view))
@@ -77,15 +66,6 @@ def learn(blocks: int, sizes: argparse.Namespace) -> dict[str, float]:
     }  # fmt: skip
 
 
-def measured(blocks: int, exact: bool) -> dict[str, float]:
-    """Learn in another process; ``exact``: its malloc keeps no freed tensor."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", str(blocks), *(["--exact"] if exact else [])]
-    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if exact else {}
-    answer = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | at_once).stdout
-    found: dict[str, float] = json.loads(answer.splitlines()[-1])
-    return found
-
-
 def main() -> None:
     """Run every depth and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,7 +82,8 @@ def main() -> None:
     heads = ("blocks", "s/step", "weights", "rotations", "peak above the model", "less rotations")
     print("{:>6} {:>8} {:>9} {:>9} {:>21} {:>14}".format(*heads))
     for blocks in given.blocks:
-        found = measured(blocks, exact=True) | {"seconds": measured(blocks, exact=False)["seconds"]}
+        found = measured(__file__, blocks, "--exact")
+        found |= {"seconds": measured(__file__, blocks, at_once=False)["seconds"]}
         above = found["peak"] - found["before"]
         print(
             f"{blocks:>6} {found['seconds']:>8.2f} {found['weights'] / MB:>6.1f} MB {found['rotations'] / MB:>6.2f} MB"

@@ -11,44 +11,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+from depths import MB, VOCABULARY, measured, random_view
 from meter import Meter, resident_bytes
-
-MB = 1e6
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def learn(blocks: int, given: argparse.Namespace) -> dict[str, float]:
     """Quantize a random model by the recipe; return bytes and seconds."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from qexp import compose
     from qexp.core.build import build
     from qexp.engine.blocks import quantize_blocks
     from qexp.engine.context import Run, quiet
     from qexp.engine.wants import trainings
-    from qexp.models.view import ModelView
 
     with compose.hydra():
         words = [f"method={given.method}", f"bits={given.bits}"]
         for key in trainings(build(compose.composed(words)["method"])):
             words += [f"method.{key}.training.epochs=0", f"method.{key}.training.steps={given.steps}"]
         method = build(compose.composed(words)["method"])
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=given.hidden, intermediate_size=given.inner, num_hidden_layers=blocks,
-        num_attention_heads=8, num_key_value_heads=4,
-    )  # fmt: skip
-    view = ModelView(LlamaForCausalLM(config).eval().requires_grad_(False))
-    tokens, meter = torch.randint(0, 4096, (given.samples, given.tokens)), Meter()
+    view = random_view(blocks, given)
+    tokens, meter = torch.randint(0, VOCABULARY, (given.samples, given.tokens)), Meter()
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), "memory", "0", 0, "cpu", quiet, Path(folder), "random", streams=given.streams)
         before, began = resident_bytes(), time.perf_counter()
@@ -78,9 +66,7 @@ def main() -> None:
     heads = ("blocks", "s/block", "weights", "kept", "peak above the model", "less kept")
     print("{:>6} {:>8} {:>9} {:>9} {:>21} {:>10}".format(*heads))
     for blocks in given.blocks:
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", str(blocks)]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | AT_ONCE).stdout
-        found: dict[str, Any] = json.loads(answer.splitlines()[-1])
+        found = measured(__file__, blocks)
         above = (found["peak"] - found["before"]) / MB
         print(
             f"{blocks:>6} {found['seconds']:>8.2f} {found['weights'] / MB:>6.1f} MB {found['kept'] / MB:>6.1f} MB"

@@ -89,21 +89,22 @@ class InPlace(Parameters):
 
     def now(self, name: str) -> Tensor | None:
         """Return a parameter in float64."""
-        value = _present(self.model, name)
+        value = present(self.model, name)
         return None if value is None else value.double()
 
     def put(self, name: str, value: Tensor) -> None:
         """Copy the value into the model."""
-        present = _present(self.model, name)
-        if present is not None:
-            present.copy_(value)
+        there = present(self.model, name)
+        if there is not None:
+            there.copy_(value)
             return
         owner, leaf = name.rsplit(".", 1)
-        module = self.model.get_submodule(owner)
-        setattr(module, leaf, nn.Parameter(value.to(module.weight.dtype), requires_grad=False))  # type: ignore[arg-type]
+        module: Any = self.model.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(value.to(module.weight), requires_grad=False))
 
 
-def _present(model: nn.Module, name: str) -> Tensor | None:
+def present(model: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter of the model by its full name, None if there is none."""
     owner, leaf = name.rsplit(".", 1)
     value: Tensor | None = getattr(model.get_submodule(owner), leaf, None)
     return value

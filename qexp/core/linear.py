@@ -122,6 +122,12 @@ class QuantLinear(nn.Module):
         )
 
 
+def beside_kept(front: Tensor, W: Tensor) -> Tensor:
+    """Return a weight's first columns as they are given, and its last ones, which are kept, from ``W`` [O, I]."""
+    last = W[:, front.shape[1] :]
+    return torch.cat([front, last.to(front)], dim=1) if last.shape[1] else front
+
+
 def replace_linears(model: nn.Module, groups: list[tuple[str, ...]]) -> None:
     """Replace the named ``nn.Linear`` modules by ``QuantLinear``; each group of names shares an input path."""
     for names in groups:

@@ -35,6 +35,11 @@ class Knobs:
     rate: float
 
 
+def tensors_of(knobs: Sequence[Knobs]) -> list[Tensor]:
+    """Return all that is learned."""
+    return [tensor for knob in knobs for tensor in knob.tensors]
+
+
 class Descent:
     """What is minimised; subclasses say how."""
 
@@ -106,7 +111,7 @@ class _Loop:
     def __init__(self, knobs: Sequence[Knobs], course: Course, descent: Descent, memory: Memory) -> None:
         self.knobs, self.course, self.descent, self.memory = knobs, course, descent, memory
         self.training, self.chosen, self.each = course.training, course.batches, course.each
-        self.tensors = [t for k in knobs for t in k.tensors]
+        self.tensors = tensors_of(knobs)
         self.every = self.training.measure_every or self.each
         self.rate, self.stale = course.raised, 0
         self.optimiser = _optimiser(knobs, self.training)
@@ -243,8 +248,3 @@ def _optimiser(knobs: Sequence[Knobs], training: Training) -> torch.optim.Optimi
         return SignSgd(groups)
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, weight_decay=training.decay)
-
-
-def in_turn(step: int, batch: int, count: int) -> list[int]:
-    """Return which of ``count`` sequences a step takes: the next ``batch`` of them, from the first again at the end."""
-    return [(step * batch + i) % count for i in range(min(batch, count))]

@@ -86,11 +86,6 @@ class Training:
                 need = f"a value from {least} to {most:g}" if math.isfinite(most) else f"at least {least}"
                 raise UserError(f"{key}.{name}={value}", need, f"{key}.{name}={max(least, min(value, most)):g}")
 
-    @property
-    def reads_float(self) -> bool:
-        """Return whether the float model's stream is read."""
-        return self.t1 > 0 or self.student != "q"
-
     def split(self, sequences: int) -> tuple[list[int], list[int]]:
         """Return which sequences train and which only measure: the last, some at least, never more than half."""
         if not self.held_out:

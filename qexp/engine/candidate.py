@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qexp.core.absorb import Parameters
+from qexp.core.absorb import Parameters, present
 from qexp.core.learned import NO_CLIPS, Made
-from qexp.core.linear import InputPath, QuantLinear
+from qexp.core.linear import InputPath, beside_kept
 from qexp.core.maps import LinearMap
 from qexp.core.placed import wide
 from qexp.core.ranges import Clipped, Imitated, bare, within
@@ -46,10 +45,11 @@ class Candidate:
         weights = {**self._rewritten(made.inserts, prefix), **made.weights}
         for name in (name for name in grids if name.startswith(prefix)):
             if f"{name}.weight" not in made.weights:
-                linear = self.view.linear(name)
-                W, ratios = wide(weights.get(f"{name}.weight", linear.weight)), made.clips.weights.get(name)
+                linear, ratios = self.view.linear(name), made.clips.weights.get(name)
+                W = wide(weights.get(f"{name}.weight", linear.weight))
                 grid = grids[name] if ratios is None else within(grids[name], ratios)
-                weights[f"{name}.weight"] = _beside_kept(linear, W, grid)
+                front = _rounded(grid, W[:, : W.shape[1] - linear.path.kept])
+                weights[f"{name}.weight"] = beside_kept(front, W)
         return weights
 
     def answer(self, made: Made, block: int, weights: Weights, x: Tensor, kwargs: Kwargs) -> Tensor:
@@ -119,8 +119,7 @@ class Beside(Parameters):
         """Return a parameter, changed or the model's own, in float32 (float64 for float64)."""
         if name in self.made:
             return self.made[name]
-        owner, leaf = name.rsplit(".", 1)
-        value: Tensor | None = getattr(self.model.get_submodule(owner), leaf, None)
+        value = present(self.model, name)
         return None if value is None else wide(value)
 
     def put(self, name: str, value: Tensor) -> None:
@@ -156,12 +155,6 @@ def quantizers(
             path.act = act
         for door, kv in zip(doors, before[1], strict=True):
             door.kv = kv
-
-
-def _beside_kept(linear: QuantLinear, W: Tensor, grid: Grid) -> Tensor:
-    """Return W rounded but for the columns that are kept."""
-    kept = linear.path.kept
-    return torch.cat([_rounded(grid, W[:, :-kept]), W[:, -kept:]], dim=1) if kept else _rounded(grid, W)
 
 
 def _rounded(grid: Grid, W: Tensor) -> Tensor:

@@ -133,10 +133,10 @@ def _check_learned(view: ModelView, method: Method) -> None:
         if training.load and not all(file.is_file() for file in files):
             override = f"method.{key}.training.load=''"
             raise UserError(f"{training.load} lacks files of some blocks", "the folder learned of a run", override)
-    for key in (key for key, training in model_trainings(method).items() if training.load):
-        raise UserError(
-            f"method.{key}.training.load", "nothing: it starts from the codes", f"method.{key}.training.load=''"
-        )
+    for key, training in model_trainings(method).items():
+        if training.load:
+            load = f"method.{key}.training.load"
+            raise UserError(load, "nothing: it starts from the codes", f"{load}=''")
     if view.family is None and (changes_norms(method) or model_trainings(method)):
         got = f"norms, or the whole model, trained on {view.config.model_type}, whose norms and head are not described"
         override = "method/tuner=[] method.solver.norm_rate=0"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import or_
@@ -25,7 +25,7 @@ from torch import Tensor
 from qexp.core.distance import distance
 from qexp.core.errors import UserError
 from qexp.core.learned import NOTHING_MADE, Made, Part
-from qexp.core.minimise import Descent, Outcome, minimise
+from qexp.core.minimise import Descent, Knobs, Outcome, minimise, tensors_of
 from qexp.core.rng import generator
 from qexp.core.training import Training
 from qexp.core.words import Site
@@ -69,6 +69,11 @@ class Lesson:
     sites: Sequence[Site] = ()
     grids: Grids = field(default_factory=dict)
 
+    @property
+    def knobs(self) -> list[Knobs]:
+        """Return the knobs of all parts."""
+        return [knob for part in self.parts for knob in part.knobs]
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what is learned by name, as it is kept on disk."""
         parts = enumerate(self.parts)
@@ -98,33 +103,27 @@ class Reconstruction(Descent):
     """The descent of the parts of one lesson on one block."""
 
     def __init__(self, plan: Plan, scene: Scene, lesson: Lesson) -> None:
-        self.plan, self.scene, self.parts, self.training = plan, scene, lesson.parts, lesson.training
-        self.candidate, self.grids, training = Candidate(plan.view, lesson.sites), lesson.grids, lesson.training
+        self.plan, self.scene, self.lesson, self.training = plan, scene, lesson, lesson.training
+        self.candidate = Candidate(plan.view, lesson.sites)
         self.rng = generator(plan.seed, "inputs", scene.block)
-        self.targets = [
-            (weight, stream)
-            for weight, stream in (
-                (training.t1, scene.answers_float),
-                (training.t2, scene.answers_quantized),
-            )
-            if weight
-        ]
+        both = ((self.training.t1, scene.answers_float), (self.training.t2, scene.answers_quantized))
+        self.targets = [(weight, stream) for weight, stream in both if weight]
         squares = [x.float().pow(2).mean() for _, stream in self.targets for x in stream]
         self.scale = float(torch.stack(squares).mean())
-        self.train, self.held_out = training.split(sum(map(len, self.targets[0][1])))
+        self.train, self.held_out = self.training.split(sum(map(len, self.targets[0][1])))
 
     def made(self) -> Made:
         """Return what the parts make of their tensors now."""
-        return reduce(or_, (part.make() for part in self.parts), NOTHING_MADE)
+        return reduce(or_, (part.make() for part in self.lesson.parts), NOTHING_MADE)
 
     def project(self) -> None:
         """Put every part's tensors back where they are allowed to be."""
-        for part in self.parts:
+        for part in self.lesson.parts:
             part.project()
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Tell the parts."""
-        for part in self.parts:
+        for part in self.lesson.parts:
             part.begin_epoch(epoch, epochs)
 
     def step(self, chosen: Sequence[int]) -> float:
@@ -139,18 +138,18 @@ class Reconstruction(Descent):
                     raise
                 self.plan.micro.halve(micro)
                 self.rng.set_state(drawn)
-                for tensor in (t for part in self.parts for knob in part.knobs for t in knob.tensors):
+                for tensor in tensors_of(self.lesson.knobs):
                     tensor.grad = None
 
     def _step(self, chosen: Sequence[int], micro: int) -> float:
         total = 0.0
         with torch.enable_grad():
             made = self.made()
-            weights = self.candidate.weights(made, self.scene.block, self.grids)
+            weights = self.candidate.weights(made, self.scene.block, self.lesson.grids)
             learned = {name: W for name, W in weights.items() if W.requires_grad}
             leaves = {name: W.detach().requires_grad_() for name, W in learned.items()}
             for some in (chosen[i : i + micro] for i in range(0, len(chosen), micro)):
-                loss = self._loss(made, {**weights, **leaves}, some, self._mixed) * (len(some) / len(chosen))
+                loss = self._loss(made, {**weights, **leaves}, some, self.training.student) * (len(some) / len(chosen))
                 loss.backward(retain_graph=True)  # of what runs online, which the next micro-batch meets again
                 total += float(loss.detach())
                 del loss  # or its graph would be there beside that of the next
@@ -170,30 +169,27 @@ class Reconstruction(Descent):
         return self._measured(NOTHING_MADE)
 
     def _measured(self, made: Made) -> float:
-        weights = self.candidate.weights(made, self.scene.block, self.grids)
-        sums = [float(self._loss(made, weights, [i], lambda q, _: q)) for i in self.held_out]
+        weights = self.candidate.weights(made, self.scene.block, self.lesson.grids)
+        student = "fp" if self.training.student == "fp" else "q"
+        sums = [float(self._loss(made, weights, [i], student)) for i in self.held_out]
         return sum(sums) / len(sums)
 
-    def _loss(
-        self, made: Made, weights: Weights, chosen: Sequence[int], mixed: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """Return the loss of some sequences."""
-        plan, scene, training, device = self.plan, self.scene, self.training, self.plan.view.model.device
-        x = self._input(chosen, mixed).to(device)
+    def _loss(self, made: Made, weights: Weights, chosen: Sequence[int], student: str) -> Tensor:
+        """Return the loss of some sequences, by which input the block gets."""
+        plan, scene, training = self.plan, self.scene, self.training
+        x = self._chosen(scene.float if student == "fp" else scene.quantized, chosen)
+        if student == "mix":
+            x = self._mixed(x, self._chosen(scene.float, chosen))
         with quantizers(plan.view, plan.method, [scene.block] if training.quantize_inputs else [], made.clips.acts):
             answer = self.candidate.answer(made, scene.block, weights, x, scene.kwargs)
         losses = [
-            weight * distance(training.loss, answer, half_to_float(take(stream, chosen).to(device)), self.scale,
-                              training.skip_first)
+            weight * distance(training.loss, answer, self._chosen(stream, chosen), self.scale, training.skip_first)
             for weight, stream in self.targets
-        ]  # fmt: skip
+        ]
         return torch.stack(losses).sum()
 
-    def _input(self, chosen: Sequence[int], mixed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        streams = {"q": self.scene.quantized, "fp": self.scene.float}
-        if self.training.student in streams:
-            return half_to_float(take(streams[self.training.student], chosen))
-        return half_to_float(mixed(*(take(stream, chosen) for stream in streams.values())))
+    def _chosen(self, stream: Stream, chosen: Sequence[int]) -> Tensor:
+        return half_to_float(take(stream, chosen).to(self.plan.view.model.device))
 
     def _mixed(self, q: Tensor, fp: Tensor) -> Tensor:
         """Return X_q with elements of X_fp, as QDrop has it."""
@@ -204,20 +200,19 @@ def reconstruct(plan: Plan, scene: Scene, lesson: Lesson) -> Story:
     """Learn the parts of a block together; return what is made of them. Nothing of the model is changed."""
     began, name, training = time.perf_counter(), lesson.name, lesson.training
     descent = Reconstruction(plan, scene, lesson)
-    knobs = [knob for part in lesson.parts for knob in part.knobs]
     track = partial(plan.progress, f"learn {name}, block {scene.block}")
     raised = 1 + training.depth * scene.block / len(plan.view.blocks)
     course = training.course(descent.train, generator(plan.seed, name, scene.block), raised)
     if training.load:
         take_up(lesson, scene.block)
     plain = descent.plain() if lesson.grids else None  # what rounds by itself starts as plain rounding
-    outcome = minimise(knobs, course, descent, track)
+    outcome = minimise(lesson.knobs, course, descent, track)
     if outcome.degraded:
         log.warning(
             "block %d: %s diverged at every rate tried; its best state (step %d) is kept", scene.block, name,
             outcome.best_step,
         )  # fmt: skip
-    for tensor in (t for knob in knobs for t in knob.tensors):
+    for tensor in tensors_of(lesson.knobs):
         tensor.requires_grad_(False)  # maps are kept, and must not go on learning
     with torch.no_grad():
         made = descent.made()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qexp.core.learned import LearnedSolver, Made, Part, Rounding
+from qexp.core.linear import beside_kept
 from qexp.core.minimise import Knobs
 from qexp.core.placed import wide
 from qexp.core.rng import generator
@@ -70,9 +71,7 @@ def _weights_part(plan: Plan, roundings: Mapping[Layer, Rounding]) -> Part:
     def make() -> Made:
         weights = {}
         for layer, rounding in roundings.items():
-            linear, W = plan.view.linear(layer.name), rounding.rounded()
-            kept = linear.path.kept
-            weights[f"{layer.name}.weight"] = torch.cat([W, linear.weight[:, -kept:].to(W)], 1) if kept else W
+            weights[f"{layer.name}.weight"] = beside_kept(rounding.rounded(), plan.view.linear(layer.name).weight)
         return Made(weights=weights)
 
     def project() -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qexp.core.absorb import InPlace
 from qexp.core.compound_maps import map_from_state
 from qexp.core.errors import UserError
 from qexp.core.maps import LinearMap
@@ -158,9 +159,10 @@ def install(view: ModelView, block: int, finished: Finished, grids: dict[str, An
     tensors, facts = finished.tensors, finished.facts
     if "unmaps" not in facts:
         raise UserError("blocks written by an older version of qexp", "a run of this version", "resume=false")
+    parameters = InPlace(view.model)
     for name, value in tensors.items():
         if name.startswith("plain."):
-            _set(view, name.removeprefix("plain."), value)
+            parameters.put(name.removeprefix("plain."), value)
     for site, steps in facts["paths"].items():
         group = next(g for g in view.groups(block) if g.site == site)
         path = view.linear(group.layers[0].name).path
@@ -179,14 +181,3 @@ def install(view: ModelView, block: int, finished: Finished, grids: dict[str, An
         params = {k: tensors[f"params.{name}.{k}"].to(device) for k in about["params"]}
         kept = tensors.get(f"kept.{name}")
         linear.install(grid, Quantized(codes, params, None if kept is None else kept.to(device)))
-
-
-def _set(view: ModelView, name: str, value: Tensor) -> None:
-    """Set a parameter by its full name; a bias that a rewrite has added is added again."""
-    owner, leaf = name.rsplit(".", 1)
-    module = view.model.get_submodule(owner)
-    present = getattr(module, leaf)
-    if present is None:
-        setattr(module, leaf, torch.nn.Parameter(value.to(view.model.device), requires_grad=False))
-    else:
-        present.copy_(value)

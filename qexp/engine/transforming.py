@@ -77,8 +77,7 @@ def transform_block(plan: Plan, scene: Scene, source: Stream) -> dict[str, Story
         for site in sites:
             _apply(view, site, changes[site.name])
     for name, tuner in plan.method.tuner.items():
-        parts = _range_parts(plan, scene.block)
-        if isinstance(tuner, RangeTuner) and last is None and parts:
+        if last is None and isinstance(tuner, RangeTuner) and (parts := _range_parts(plan, scene.block)):
             stories[name] = reconstruct(plan, scene, Lesson(name, tuner.training, parts, grids=plan.grids))
             _keep_clips(plan, [], stories[name].made.clips)
     return stories
@@ -86,9 +85,8 @@ def transform_block(plan: Plan, scene: Scene, source: Stream) -> dict[str, Story
 
 def _range_parts(plan: Plan, block: int) -> list[Part]:
     """Return what the recipe's tuners learn of the ranges of a block's weights."""
-    layers = [layer for group in plan.view.groups(block) for layer in group.layers if layer.name in plan.grids]
     slices = {}
-    for layer in layers:
+    for layer in (layer for layer in plan.view.layers_of(block) if layer.name in plan.grids):
         columns, group = layer.inputs - plan.view.linear(layer.name).path.kept, plan.grids[layer.name].group
         slices[layer.name] = (layer.outputs, columns // group if group > 0 else 1)
     return [tuner.ranges(slices) for tuner in plan.method.tuner.values() if isinstance(tuner, RangeTuner) and slices]

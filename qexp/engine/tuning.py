@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qexp.core.absorb import InPlace
 from qexp.core.learned import BlockTuner, Made, ModelTuner, NormFactors, Rounding
+from qexp.core.linear import beside_kept
 from qexp.core.maps import Diagonal
 from qexp.core.minimise import Descent, Memory, Outcome, minimise
 from qexp.core.rng import generator
@@ -36,8 +37,6 @@ from qexp.models.view import ModelView
 log = logging.getLogger(__name__)
 
 Decodings = Mapping[str, Rounding]
-
-
 Before = Mapping[str, Tensor]
 
 
@@ -45,8 +44,7 @@ def before_rounding(plan: Plan, block: int) -> Before:
     """Return the weights of a block's layers, if a tuner compares them with what becomes of them."""
     if not any(isinstance(tuner, NormFactors) for tuner in plan.method.tuner.values()):
         return {}
-    layers = [layer.name for group in plan.view.groups(block) for layer in group.layers]
-    return {name: plan.view.linear(name).weight.clone() for name in layers}
+    return {layer.name: plan.view.linear(layer.name).weight.clone() for layer in plan.view.layers_of(block)}
 
 
 @torch.no_grad()
@@ -156,11 +154,9 @@ class _EndToEnd(Descent):
 
     def _answer(self, block: int, x: Tensor) -> Tensor:
         weights = {}
-        for layer in (
-            a.name for group in self.plan.view.groups(block) for a in group.layers if a.name in self.decodings
-        ):
-            W, kept = self.decodings[layer].rounded(), self.plan.view.linear(layer).kept
-            weights[f"{layer}.weight"] = W if kept is None else torch.cat([W, kept.to(W)], dim=1)
+        for layer in (a.name for a in self.plan.view.layers_of(block) if a.name in self.decodings):
+            W = self.plan.view.linear(layer).weight
+            weights[f"{layer}.weight"] = beside_kept(self.decodings[layer].rounded(), W)
         made = Made(weights=weights)
         return self.candidate.answer(made, block, dict(made.weights), x, self.loss.kwargs[block])
 

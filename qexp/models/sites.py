@@ -16,13 +16,12 @@ def block_sites(view: ModelView, block: int, kind: str) -> list[Site]:
     """Return the sites of one kind in a block: one, or an output for each of its linears."""
     if kind != "output":
         return [_block_site(view, block, kind)]
-    layers = [layer for group in view.groups(block) for layer in group.layers]
     return [
         Site(
             f"{block}.{layer.role}.output", kind, block, layer.outputs,
             (Writer(layer.name, "linear"),), (), frozenset({"orthogonal"}),
         )
-        for layer in layers
+        for layer in view.layers_of(block)
     ]  # fmt: skip
 
 

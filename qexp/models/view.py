@@ -43,7 +43,7 @@ class ModelView:
         self.replays = Replays(model)
         turns = {} if self.family else _forward_order(model)
         self._groups = [self._find_groups(i, turns) for i in range(len(self.blocks))]
-        self.layers = [layer for groups in self._groups for group in groups for layer in group.layers]
+        self.layers = [layer for block in range(len(self.blocks)) for layer in self.layers_of(block)]
         if not self.layers:
             raise UserError(
                 f"no linear layers in the blocks of a {self.config.model_type}", "nn.Linear layers to quantize"
@@ -103,6 +103,10 @@ class ModelView:
     def groups(self, block: int) -> list[Group]:
         """Return the groups of layers that share an input, in forward order."""
         return self._groups[block]
+
+    def layers_of(self, block: int) -> list[Layer]:
+        """Return the layers of a block, in forward order."""
+        return [layer for group in self._groups[block] for layer in group.layers]
 
     def finish(self, group: Group) -> None:
         """Let the layers of a solved group (with those of o, the whole attention) answer from memory from now on.

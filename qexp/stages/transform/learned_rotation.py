@@ -24,7 +24,6 @@ from qexp.core.errors import UserError, choose
 from qexp.core.hadamard import randomized_hadamard
 from qexp.core.learned import Learned, Objective
 from qexp.core.maps import LinearMap, Orthogonal
-from qexp.core.minimise import in_turn
 from qexp.core.stages import Sites, Surroundings
 from qexp.core.stiefel import cayley_step, nearest_orthogonal
 from qexp.core.words import Insert, Site
@@ -111,3 +110,8 @@ class LearnedRotation:
         part = step / self.steps
         rate = self.rate * ((1 + math.cos(math.pi * part)) / 2 if self.schedule == "cosine" else 1 - part)
         return {name: cayley_step(R.detach(), scale * gradients[name], rate)[0] for name, R in leaves.items()}
+
+
+def in_turn(step: int, batch: int, count: int) -> list[int]:
+    """Return which of ``count`` sequences a step takes: the next ``batch`` of them, from the first again at the end."""
+    return [(step * batch + i) % count for i in range(min(batch, count))]
