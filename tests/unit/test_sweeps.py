@@ -23,7 +23,7 @@ NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 JOBS = {
     "acceptance_a": 24,
     "acceptance_c": 42,
-    "acceptance_d": 60,
+    "acceptance_d": 66,
     "baseline_comparison": 24,
     "calibration_size": 14,
     "demo": 8,
