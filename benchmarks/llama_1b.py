@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from qexp.core.build import build
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.engine.blocks import activate
 from qexp.engine.packing import PackedModel, pack_head, pack_model
 from qexp.engine.solving import plan_of, solve_group

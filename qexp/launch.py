@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from qexp.core.errors import UserError, choose
 from qexp.core.memory import keep_freed_memory
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.data.calibration import Calibration
 from qexp.engine.context import Run, WarningCollector, cache_folder
 from qexp.engine.fingerprint import claim, digest, digest_of
@@ -32,7 +32,7 @@ from qexp.tracking.wandb import Tracker
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # of the engine: raised when its numbers change
+VERSION = 5  # of the engine: raised when its numbers change
 PACKAGES = ("qexp", "torch", "transformers", "datasets", "lm-eval", "safetensors", "wandb", "hydra-core")
 
 

@@ -119,7 +119,7 @@ def swaps() -> Iterator[list[str]]:
 def mistake(overrides: Sequence[str]) -> str | None:
     """Return what keeps a command from composing and building, or None."""
     from qexp.core.build import build
-    from qexp.core.stages import Method
+    from qexp.core.method import Method
 
     try:
         built = build(compose.composed(overrides)["method"], "method")

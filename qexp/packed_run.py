@@ -13,7 +13,7 @@ from typing import Any
 
 from qexp.core.build import build
 from qexp.core.errors import UserError
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.engine.context import cache_folder
 from qexp.engine.fingerprint import FILE, flat
 from qexp.eval.speed import Contender

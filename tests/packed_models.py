@@ -10,7 +10,7 @@ from stage_members import member
 from toy_models import tokens, view_of
 from toy_recipes import recipe, scene_of
 
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.engine.acting import calibrate
 from qexp.engine.blocks import activate
 from qexp.engine.capture import observe

@@ -11,7 +11,8 @@ from stage_members import member
 from torch import Tensor
 
 from qexp.core.linear import InputPath, QuantLinear
-from qexp.core.stages import Method, Transform
+from qexp.core.method import Method
+from qexp.core.stages import Transform
 from qexp.engine.context import Run, quiet
 from qexp.engine.reconstruct import Scene
 from qexp.engine.solving import plan_of

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.core.maps import LinearMap
+from qexp.core.sparse import Sparse
 from qexp.core.stages import Grid
 from qexp.core.words import FULL_BITS, Params, Quantized
 
@@ -90,6 +91,7 @@ class QuantLinear(nn.Module):
         self.codes: Tensor | None = None
         self.params: Params = {}
         self.kept: Tensor | None = None
+        self.sparse: Sparse | None = None  # weights that stay out of quantization, over what codes say of them
         self.unmap: LinearMap | None = None
         self.clips: Tensor | None = None  # learned: how far the range of each row goes, for the solver
 
@@ -103,8 +105,10 @@ class QuantLinear(nn.Module):
         """Take codes and parameters; from now on the weight is what they decode to, in the layer's dtype."""
         self.grid, self.codes, self.params = grid, quantized.codes, quantized.params
         decoded = grid.decode(quantized.codes, quantized.params).to(self.weight)
-        self.kept = None if quantized.kept is None else quantized.kept.to(self.weight)
+        self.kept = None if quantized.kept is None else quantized.kept.half().to(self.weight)
         self.weight.copy_(decoded if self.kept is None else torch.cat([decoded, self.kept], dim=1))
+        if self.sparse is not None:
+            self.sparse.put(self.weight)
 
     def cost(self) -> float:
         """Return stored bits per weight, kept columns included."""
@@ -112,7 +116,8 @@ class QuantLinear(nn.Module):
             return float(FULL_BITS)
         kept = 0 if self.kept is None else self.kept.shape[1]
         columns = self.in_features - kept
-        return (self.grid.cost(self.out_features, columns) * columns + FULL_BITS * kept) / self.in_features
+        dense = (self.grid.cost(self.out_features, columns) * columns + FULL_BITS * kept) / self.in_features
+        return dense if self.sparse is None else dense + self.sparse.nbits / self.weight.numel()
 
     def extra_repr(self) -> str:
         """Return shape and state for ``print(model)``."""

@@ -1,21 +1,20 @@
 """The seven stage kinds, as Protocols: a method is a composition of their members.
 
-A member is a frozen dataclass in ``qexp/stages/<kind>/<member>.py`` with its YAML in
-``conf/method/<kind>/<member>.yaml``. ``version`` is raised when a member's numbers change, so that old
-records are not taken for new ones; ``needs`` names the statistics it reads: "activations", "rows" (see Stats).
+A member is a frozen dataclass in ``qexp/stages/<kind>/<member>.py`` with its YAML in ``conf/method/<kind>/``.
+``version`` is raised when its numbers change, so that old records are not taken for new ones; ``needs`` names what it
+reads: "activations", "rows" (see Stats), "fisher" (squared gradients of the loss, one for each weight).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from qexp.core.maps import LinearMap
-from qexp.core.words import Insert, Layer, Params, Quantized, Site, Split, Stats
+from qexp.core.words import Format, Insert, Layer, Params, Quantized, Site, Split, Stats
 
 Sensitivity = Callable[[Layer, int], float]
 
@@ -71,7 +70,7 @@ class Transform(Protocol):
 
     @property
     def inserts(self) -> str:
-        """Return the kind of map it inserts in block scope, which tells where statistics are taken."""
+        """Return the kind of map it inserts in block scope: it tells where statistics are taken."""
         ...
 
     @property
@@ -108,6 +107,16 @@ class Grid(Protocol):
         """Return how many columns share parameters; -1 is the whole row, 0 the whole tensor."""
         ...
 
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """Return how each parameter is stored, which must lose nothing of it."""
+        ...
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Return the parameters that all rows and groups have in common: they are stored once."""
+        ...
+
     def for_layer(self, layer: Layer, bits: int) -> Self:
         """Return this grid at ``bits`` for ``layer``."""
         ...
@@ -121,7 +130,7 @@ class Grid(Protocol):
         ...
 
     def encode(self, W_OJ: Tensor, params: Params) -> Tensor:
-        """Return the nearest codes, uint8 [O, J/dim]."""
+        """Return the nearest codes [O, J/dim], uint8; compound ones [O, J/dim, ...], see ``core.storage``."""
         ...
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -214,37 +223,3 @@ class Allocation(Protocol):
     def act_bits(self, layer: Layer, bits: int) -> int:
         """Return the bits of a layer's input where the recipe has ``bits``."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A recipe: members of the seven kinds. ``inputs`` is the stream that feeds statistics.
-
-    ``inputs=quantized`` takes statistics behind all that is quantized already, ``block`` behind the quantized
-    blocks but inside a block still float (one pass in place of four), ``float`` from the float model;
-    ``quantize_stream`` says whether activation and KV quantizers are on while the quantized
-    stream is propagated to the next block.
-    """
-
-    name: str
-    transform: Mapping[str, Transform]
-    grid: Grid
-    solver: Solver
-    act: Act
-    kv: Kv
-    tuner: Mapping[str, Tuner]
-    allocation: Allocation
-    inputs: str
-    quantize_stream: bool
-
-    def stage(self, scope: str) -> list[tuple[str, Transform]]:
-        """Return the (name, transform) pairs of one scope, in the order of the recipe."""
-        return [(name, t) for name, t in self.transform.items() if t.scope == scope]
-
-    def versions(self) -> dict[str, int]:
-        """Return every member's version, for the fingerprint."""
-        members: dict[str, Any] = {"grid": self.grid, "solver": self.solver, "act": self.act, "kv": self.kv}
-        members |= {"allocation": self.allocation}
-        members |= {f"transform.{name}": member for name, member in self.transform.items()}
-        members |= {f"tuner.{name}": member for name, member in self.tuner.items()}
-        return {name: member.version for name, member in members.items()}

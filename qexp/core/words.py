@@ -16,6 +16,9 @@ from qexp.core.maps import LinearMap
 Params = dict[str, Tensor]
 """What a grid needs to decode, each tensor [O, G, ...]: column slices of a weight slice dimension 1."""
 
+Format = int | str
+"""How a parameter of a grid is stored: as unsigned integers of so many bits, or in a floating dtype."""
+
 FULL_BITS = 16
 """At this width nothing is quantized: the identity, not a rounding."""
 
@@ -67,7 +70,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes uint8 [O, (I - K) / D], the parameters that decode them, and the last K columns if they have no codes."""
+    """Codes [O, (I - K) / D, ...], the parameters that decode them, and the last K columns if they have no codes."""
 
     codes: Tensor
     params: Params

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from qexp.core.stages import Act, Grid, Method
+from qexp.core.method import Method
+from qexp.core.stages import Act, Grid
 from qexp.core.words import FULL_BITS, Group, Params, Stats
 from qexp.models.view import ModelView
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qexp.core.learned import LearnedSolver
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.core.words import FULL_BITS, BlockReport, Stats
 from qexp.engine.acting import act_of, calibrate, has_work, is_calibrated
 from qexp.engine.capture import observe

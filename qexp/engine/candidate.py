@@ -16,9 +16,10 @@ from qexp.core.absorb import Parameters, present
 from qexp.core.learned import NO_CLIPS, Made
 from qexp.core.linear import InputPath, beside_kept
 from qexp.core.maps import LinearMap
+from qexp.core.method import Method
 from qexp.core.placed import wide
 from qexp.core.ranges import Clipped, Imitated, bare, within
-from qexp.core.stages import Grid, Method
+from qexp.core.stages import Grid
 from qexp.core.straight import straight
 from qexp.core.words import FULL_BITS, Insert, Site
 from qexp.engine.acting import act_of, search_quantizer

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qexp.core.errors import UserError, choose
 from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, NormFactors, RangeTuner, Trained
+from qexp.core.method import Method
 from qexp.core.ranges import Uniform
-from qexp.core.stages import Method
 from qexp.core.words import FULL_BITS
 from qexp.engine.wants import changes_norms, model_trainings, trainings
 

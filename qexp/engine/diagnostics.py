@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.core.words import Group
 from qexp.engine.acting import act_of, search_quantizer
 from qexp.models.view import ModelView

@@ -19,13 +19,14 @@ from torch import nn
 from qexp.core.errors import UserError
 from qexp.core.kv_forms import early
 from qexp.core.linear import InputPath, QuantLinear
+from qexp.core.method import Method
 from qexp.core.packed import PackedInput, PackedLinear
 from qexp.core.packed_head import PackedEmbedding, packed_head, rounded_rows
 from qexp.core.packed_kv import KvCodec, codec_of
 from qexp.core.packed_residual import ResidualCodec, residual_codec_of
 from qexp.core.packed_weight import IntegerWeight, PackedWeight, integer_weight, is_aligned
 from qexp.core.rng import generator
-from qexp.core.stages import Grid, Method
+from qexp.core.stages import Grid
 from qexp.core.words import FULL_BITS, Group, Layer
 
 if TYPE_CHECKING:

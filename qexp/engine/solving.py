@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from qexp.core.linear import QuantLinear
+from qexp.core.method import Method
 from qexp.core.ranges import within
 from qexp.core.rng import generator
-from qexp.core.stages import Grid, Method, Solver
+from qexp.core.stages import Grid, Solver
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
 from qexp.engine.context import MicroBatches, Progress, quiet
 from qexp.kernels.gram import add_gram

@@ -22,8 +22,8 @@ from qexp.core.absorb import InPlace
 from qexp.core.compound_maps import map_from_state
 from qexp.core.errors import UserError
 from qexp.core.maps import LinearMap
-from qexp.core.words import BlockReport, LayerReport, Quantized
-from qexp.kernels.pack import pack_codes, unpack_codes
+from qexp.core.storage import pack_linear, unpack_linear
+from qexp.core.words import BlockReport, LayerReport
 
 if TYPE_CHECKING:
     from qexp.models.view import ModelView  # transformers: seconds that a mistake in the config need not wait for
@@ -123,15 +123,8 @@ def pack_block(view: ModelView, block: int, report: BlockReport) -> Finished:
             linear = view.linear(layer.name)
             if linear.codes is None or linear.grid is None:
                 continue
-            quantized[layer.name] = {
-                "bits": linear.grid.bits,
-                "columns": linear.codes.shape[1],
-                "params": sorted(linear.params),
-            }
-            tensors[f"codes.{layer.name}"] = pack_codes(linear.codes.cpu(), linear.grid.bits)
-            tensors |= {f"params.{layer.name}.{k}": v.cpu().contiguous() for k, v in linear.params.items()}
-            if linear.kept is not None:
-                tensors[f"kept.{layer.name}"] = linear.kept.cpu().contiguous()
+            packed, quantized[layer.name] = pack_linear(linear)
+            tensors |= {f"linear.{layer.name}.{part}": tensor for part, tensor in packed.items()}
     weights = {f"{view.prefix}.{block}.{n}": p for n, p in view.blocks[block].named_parameters()}
     plain = {n: p for n, p in weights.items() if n.removesuffix(".weight") not in quantized}
     tensors |= {f"plain.{name}": p.detach().cpu().clone() for name, p in plain.items()}
@@ -175,9 +168,6 @@ def install(view: ModelView, block: int, finished: Finished, grids: dict[str, An
     for name, about in facts["unmaps"].items():
         view.linear(name).unmap = _map_of(tensors, f"unmap.{name}", about)
     for name, about in facts["quantized"].items():
-        linear, grid = view.linear(name), grids[name]
-        device = linear.weight.device
-        codes = unpack_codes(tensors[f"codes.{name}"], grid.bits, about["columns"]).to(device)
-        params = {k: tensors[f"params.{name}.{k}"].to(device) for k in about["params"]}
-        kept = tensors.get(f"kept.{name}")
-        linear.install(grid, Quantized(codes, params, None if kept is None else kept.to(device)))
+        start = f"linear.{name}."
+        own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
+        unpack_linear(view.linear(name), grids[name], own, about)

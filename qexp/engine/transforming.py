@@ -10,8 +10,9 @@ import torch
 
 from qexp.core import rewrite
 from qexp.core.learned import Clips, Learner, Part, RangeTuner, Trained
+from qexp.core.method import Method
 from qexp.core.rng import generator
-from qexp.core.stages import Method, Transform
+from qexp.core.stages import Transform
 from qexp.core.words import Group, Insert, Site, Split
 from qexp.engine.acting import is_calibrated
 from qexp.engine.capture import Look, observe

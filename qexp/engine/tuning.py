@@ -19,9 +19,9 @@ from qexp.core.absorb import InPlace
 from qexp.core.learned import BlockTuner, Made, ModelTuner, NormFactors, Rounding
 from qexp.core.linear import beside_kept
 from qexp.core.maps import Diagonal
+from qexp.core.method import Method
 from qexp.core.minimise import Descent, Memory, Outcome, minimise
 from qexp.core.rng import generator
-from qexp.core.stages import Method
 from qexp.core.training import Training
 from qexp.core.words import Insert, Quantized, Stats
 from qexp.engine.candidate import Candidate, quantizers

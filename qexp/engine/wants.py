@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, NormFactors, RangeTuner, Trained
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.core.training import Training
 
 

@@ -22,10 +22,10 @@ from torch.nn.functional import cross_entropy, linear
 from qexp.core.errors import UserError
 from qexp.core.learned import Learned
 from qexp.core.maps import LinearMap
+from qexp.core.method import Method
 from qexp.core.placed import wide
 from qexp.core.rng import generator
 from qexp.core.spill import Spill
-from qexp.core.stages import Method
 from qexp.core.words import Insert, Site
 from qexp.engine.candidate import Candidate, Inserts, quantizers
 from qexp.engine.context import Progress

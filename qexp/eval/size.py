@@ -6,7 +6,8 @@ Source: methods/evaluation.md section 5. Layers that are not quantized, embeddin
 from __future__ import annotations
 
 from qexp.core.linear import QuantLinear
-from qexp.core.stages import Method
+from qexp.core.method import Method
+from qexp.core.storage import packed_bytes
 from qexp.core.words import FULL_BITS
 from qexp.models.view import ModelView
 
@@ -36,5 +37,5 @@ def sizes(view: ModelView, method: Method) -> dict[str, float]:
 
 
 def _bits(layer: QuantLinear) -> float:
-    """Return the stored bits of one layer's weight."""
-    return layer.in_features * layer.out_features * layer.cost()
+    """Return the stored bits of one layer's weight: those of the bytes that are written."""
+    return FULL_BITS * layer.weight.numel() if layer.grid is None else 8 * packed_bytes(layer)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from stage_members import assert_well_kept, member, names
 from torch import Tensor
 
@@ -30,6 +31,15 @@ def frozen(act: Act, x: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """Return the quantizer of inputs like x."""
     rows = (tokens() if x is None else x).flatten(0, -2).float()
     return act.freeze(act.fit(rows.amin(0), rows.amax(0)) if act.needs else {})
+
+
+def has(name: str, bits: int) -> bool:
+    """Return whether a quantizer has this width."""
+    try:
+        member("act", name, a=bits)
+    except InstantiationException:
+        return False
+    return True
 
 
 def test_all_acts_are_seen():
@@ -55,10 +65,14 @@ def test_16_bits_is_no_rounding_at_all(name):
 def test_bits_come_from_the_bits_of_the_run(name):
     errors = []
     for bits in (4, 6, 8):
+        if not has(name, bits):
+            continue
         act = member("act", name, a=bits)
         assert act.bits == bits
         errors.append(float((frozen(act)(tokens()) - tokens()).clamp(-0.5, 0.5).norm()))
-    assert errors[0] > errors[1] > errors[2] > 0
+    assert errors[0] > errors[-1] > 0
+    if not hasattr(act, "elements"):  # e2m3 in blocks is nearer than e4m3: as long a mantissa, nothing cut
+        assert errors[0] > errors[1] > errors[2]
 
 
 @quantizers
@@ -81,8 +95,10 @@ def test_a_token_ignores_the_others(name):
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "crossquant"])
 def test_what_shares_a_step_takes_at_most_2_to_the_bits_values(name):
-    y = frozen(member("act", name, a=4), 20 * tokens())(20 * tokens())
-    counts = [len(row.unique()) for row in y.reshape(-1, 32 if name == "per_group" else 64)]
+    act = member("act", name, a=4)
+    y = frozen(act, 20 * tokens())(20 * tokens())
+    group = getattr(act, "group", -1)
+    counts = [len(row.unique()) for row in y.reshape(-1, group if group > 0 else 64)]
     assert 8 < max(counts) <= 16
 
 

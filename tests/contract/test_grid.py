@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
+
 import pytest
 import torch
 from stage_members import assert_well_kept, member, names
 from torch import Tensor
 
 from qexp.core.errors import NumericalError, UserError
+from qexp.core.linear import InputPath, QuantLinear
+from qexp.core.ranges import Uniform
 from qexp.core.stages import Grid
-from qexp.core.words import FULL_BITS, Layer
-from qexp.kernels.pack import pack_codes
+from qexp.core.storage import pack_linear, unpack_linear
+from qexp.core.words import FULL_BITS, Layer, Quantized
 
 LAYER = Layer("model.layers.0.mlp.up_proj", "up", 0, 24, 64)
 every_grid = pytest.mark.parametrize("name", names("grid"))
@@ -18,9 +23,31 @@ every_group = pytest.mark.parametrize("group", [-1, 16])
 
 
 def made(name: str, group: int = 32, w: int = 4) -> Grid:
-    """Return the grid of a YAML at this group, also where the YAML fixes one."""
-    built: Grid = member("grid", name, w=w, group=group)
+    """Return the grid of a YAML at this group, also where the YAML fixes one; skip widths that it does not have."""
+    own = {"group": group} if "group" in {field.name for field in fields(member("grid", name))} else {}
+    built: Grid = member("grid", name, w=w, **own)
+    try:
+        built.check(LAYER)
+    except UserError as error:
+        pytest.skip(f"not its shape: {error}")
     return built
+
+
+def whole(grid: Grid) -> bool:
+    """Return whether the parameters are those of the whole weight."""
+    return grid.group == 0
+
+
+def widths(name: str) -> list[int]:
+    """Return the bits that a grid has."""
+    found = []
+    for bits in range(2, 9):
+        try:
+            member("grid", name, w=bits).check(LAYER)
+        except UserError:
+            continue
+        found.append(bits)
+    return found
 
 
 def weight(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -46,8 +73,10 @@ def test_it_is_a_grid_and_well_kept(name):
 @every_grid
 def test_bits_and_group_come_from_the_bits_of_the_run(name):
     grid = made(name, 16, w=3)
-    assert (grid.bits, grid.group) == (3, 16)
+    assert grid.bits == 3
     assert grid.for_layer(LAYER, 2).bits == 2
+    if "group" in {field.name for field in fields(grid)}:
+        assert grid.group == 16
 
 
 @every_grid
@@ -70,8 +99,9 @@ def test_codes_survive_decoding(name, group):
     grid = made(name, group)
     params = grid.fit(weight(), hessian())
     codes = grid.encode(weight(seed=1), params)
-    assert codes.dtype == torch.uint8 and codes.shape == (24, 64 // grid.dim) and len(codes.unique()) > 8
-    assert torch.equal(grid.encode(grid.decode(codes, params), params), codes)
+    assert codes.shape[:2] == (24, 64 // grid.dim) and len(codes.unique()) >= 4
+    decoded = grid.decode(codes, params)
+    assert torch.equal(grid.decode(grid.encode(decoded, params), params), decoded)
 
 
 @every_grid
@@ -80,10 +110,10 @@ def test_columns_slice_parameters_on_dimension_one(name, group):
     grid, W_OJ = made(name, group), weight()
     params = grid.fit(W_OJ, hessian())
     codes, decoded = grid.encode(W_OJ, params), grid.decode(grid.encode(W_OJ, params), params)
-    groups = 1 if group == -1 else 64 // group
+    groups = 64 // grid.group if grid.group > 0 else 1
     assert all(p.shape[:2] == (24, groups) for p in params.values())
     for j in range(0, 64, grid.dim):
-        g = 0 if group == -1 else j // group
+        g = j * groups // 64
         local = {key: p[:, g : g + 1] for key, p in params.items()}
         here = grid.encode(W_OJ[:, j : j + grid.dim], local)
         assert torch.equal(here, codes[:, j // grid.dim : j // grid.dim + 1])
@@ -94,6 +124,8 @@ def test_columns_slice_parameters_on_dimension_one(name, group):
 @every_group
 def test_rows_are_independent_and_the_weight_stays(name, group):
     grid, W_OJ = made(name, group), weight()
+    if whole(grid):
+        pytest.skip("all rows share its parameters")
     params, half = grid.fit(W_OJ, hessian()), grid.fit(W_OJ[:9], hessian())
     assert torch.equal(W_OJ, weight())
     assert all(torch.equal(params[key][:9], half[key]) for key in params)
@@ -101,17 +133,18 @@ def test_rows_are_independent_and_the_weight_stays(name, group):
 
 @every_grid
 @every_group
-def test_cost_is_the_bytes_that_are_stored(name, group):
-    grid, W_OJ = made(name, group, w=3), weight()
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_it_is_stored_in_the_bytes_it_costs_and_comes_back_exactly(name, group, bits):
+    grid, W_OJ = made(name, group, w=bits), weight()
     params = grid.fit(W_OJ, hessian())
-    stored = pack_codes(grid.encode(W_OJ, params).flatten(), 3).numel() * 8
-    for p in params.values():  # integers are packed at the width of a code; a scale survives its storage
-        if not p.is_floating_point():
-            stored += pack_codes(p.flatten(), 3).numel() * 8
-            continue
-        assert torch.equal(p.half().float(), p)
-        stored += p.numel() * 16
-    assert grid.cost(24, 64) == pytest.approx(stored / W_OJ.numel())
+    linear, again = (QuantLinear(torch.nn.Linear(64, 24, bias=False), InputPath(1)) for _ in range(2))
+    linear.install(grid, Quantized(grid.encode(W_OJ, params), params))
+    tensors, facts = pack_linear(linear)
+    unpack_linear(again, grid, tensors, json.loads(json.dumps(facts)))
+    assert torch.equal(again.weight, linear.weight) and torch.equal(again.codes, linear.codes)
+    assert all(torch.equal(again.params[key], p) and again.params[key].dtype == p.dtype for key, p in params.items())
+    padding = 8 * len(tensors)  # the last byte of each tensor
+    assert 0 <= 8 * sum(t.nbytes for t in tensors.values()) - grid.cost(24, 64) * W_OJ.numel() < padding
 
 
 @every_grid
@@ -128,11 +161,18 @@ def test_float64_weights_give_float64_answers_as_good(name):
 def test_more_bits_are_closer(name):
     errors = []
     for bits in (2, 3, 4, 6, 8):
+        if bits not in widths(name):
+            continue
         grid = made(name, 32, w=bits)
         params = grid.fit(weight(), hessian())
         errors.append(float((grid.decode(grid.encode(weight(), params), params) - weight()).norm()))
+    if len(errors) < 2:
+        pytest.skip("it has one width")
     least = 0.1 if getattr(grid, "clip", 1.0) == 1.0 else 0.5  # what a clip cuts off stays cut off
-    assert errors == sorted(errors, reverse=True) and errors[-1] < least * errors[0]
+    least = least if isinstance(grid, Uniform) else 0.9  # powers of two gain little: their tests say how much
+    assert errors[-1] < least * errors[0]
+    if not hasattr(grid, "elements"):  # e2m3 in small blocks is nearer than e4m3: as long a mantissa, nothing cut
+        assert errors == sorted(errors, reverse=True)
 
 
 @every_grid
@@ -151,5 +191,7 @@ def test_rows_of_zeros_are_fine_and_nan_is_told(name):
 def test_check_refuses_a_group_that_does_not_divide(name):
     made(name, 16).check(LAYER)
     member("grid", name, w=FULL_BITS).check(LAYER)
-    with pytest.raises(UserError, match=r"48 does not divide in_features=64.*set bits\.group="):
-        made(name, 48).check(LAYER)
+    if "group" not in {field.name for field in fields(member("grid", name))}:
+        pytest.skip("it has no groups")
+    with pytest.raises(UserError, match=r"48 does not divide in_features=64.*set .*group="):
+        member("grid", name, group=48).check(LAYER)

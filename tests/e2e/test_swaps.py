@@ -19,7 +19,7 @@ from toy_recipes import a_run
 
 from qexp import compose
 from qexp.core.build import build
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.core.words import FULL_BITS
 from qexp.engine.blocks import activate, quantize_blocks
 from qexp.engine.checks import check_method, check_model

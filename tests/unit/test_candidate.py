@@ -12,8 +12,8 @@ from toy_recipes import linear_of, recipe, stream_into, transform, transform_nam
 
 from qexp.core import rewrite
 from qexp.core.errors import UserError
+from qexp.core.method import Method
 from qexp.core.rng import generator
-from qexp.core.stages import Method
 from qexp.core.words import Insert
 from qexp.engine.acting import calibrate
 from qexp.engine.candidate import Candidate, quantizers

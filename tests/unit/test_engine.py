@@ -15,8 +15,9 @@ from torch import Tensor
 from toy_models import FAMILIES, UNKNOWN, distance, logits, tokens, toy, view_of
 from toy_recipes import a_run, recipe
 
+from qexp.core.method import Method
 from qexp.core.rng import generator
-from qexp.core.stages import Method, Sensitivity
+from qexp.core.stages import Sensitivity
 from qexp.core.words import Layer, Quantized, Stats
 from qexp.engine import streams
 from qexp.engine.blocks import activate, quantize_blocks

@@ -12,9 +12,9 @@ from toy_models import tokens, view_of
 from toy_recipes import recipe, scene_of, stream_into, transform_named
 
 from qexp.core.learned import Made
+from qexp.core.method import Method
 from qexp.core.ranges import Clipped
 from qexp.core.rng import generator
-from qexp.core.stages import Method
 from qexp.engine.capture import observe
 from qexp.engine.reconstruct import Lesson, Reconstruction, Story, reconstruct
 from qexp.engine.solving import plan_of, solve_group

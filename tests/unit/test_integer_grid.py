@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qexp.core.errors import NumericalError, UserError
 from qexp.core.words import Layer
-from qexp.stages.grid import _shared as shared
+from qexp.stages.grid import _shared_search as search
+from qexp.stages.grid._shared import slices
 from qexp.stages.grid._shared_scale import SYMMETRIES
 from qexp.stages.grid.integer import Integer
 
@@ -114,14 +115,14 @@ def test_searches_lower_their_own_error_and_start_from_the_plain_range(symmetry,
     W_OI, H_II = weight(), hessian()
     plain = replace(GRID, symmetry=symmetry, group=group, bits=3)
     measures = {
-        "mse": shared.power_error(2.4),
-        "diag_h": shared.weighted_error(H_II.diagonal(), len(W_OI), group),
-        "output": shared.output_error(H_II, group),
+        "mse": search.power_error(2.4),
+        "diag_h": search.weighted_error(H_II.diagonal(), len(W_OI), group),
+        "output": search.output_error(H_II, group),
     }
     for rule, measure in measures.items():
         searched = replace(plain, range=rule)
-        before = measure(shared.slices(quantize(plain, W_OI) - W_OI, group))
-        after = measure(shared.slices(quantize(searched, W_OI, H_II) - W_OI, group))
+        before = measure(slices(quantize(plain, W_OI) - W_OI, group))
+        after = measure(slices(quantize(searched, W_OI, H_II) - W_OI, group))
         assert (after <= before).all(), rule
         assert after.sum() < 0.99 * before.sum(), rule
         only_full = replace(searched, shrink_steps=1)
@@ -132,20 +133,20 @@ def test_output_error_is_the_change_of_the_layers_output():
     X_TI, E_OI = weight(50, 64, 3), weight(5, 64, 4)
     H_II = X_TI.T @ X_TI / len(X_TI)
     per_group = [(X_TI[:, g : g + 16] @ E_OI[:, g : g + 16].T).square().mean(0) for g in range(0, 64, 16)]
-    measured = shared.output_error(H_II, 16)(shared.slices(E_OI, 16))
+    measured = search.output_error(H_II, 16)(slices(E_OI, 16))
     torch.testing.assert_close(measured, torch.stack(per_group, 1))
 
 
 def test_diag_h_error_weighs_columns():
     E_OI, h_I = weight(5, 64, 4), weight(1, 64, 5)[0].square()
     weighted = (E_OI.square() * h_I).view(5, 4, 16).sum(-1)
-    torch.testing.assert_close(shared.weighted_error(h_I, 5, 16)(shared.slices(E_OI.clone(), 16)), weighted)
-    whole = shared.weighted_error(h_I, 5, 0)(shared.slices(E_OI.clone(), 0))
+    torch.testing.assert_close(search.weighted_error(h_I, 5, 16)(slices(E_OI.clone(), 16)), weighted)
+    whole = search.weighted_error(h_I, 5, 0)(slices(E_OI.clone(), 0))
     torch.testing.assert_close(whole, weighted.sum().view(1, 1))
 
 
 def test_clip_cuts_only_what_is_larger_than_the_limit():
-    lo, hi = shared.clip((torch.tensor([-1.0, -3.0]), torch.tensor([3.0, 1.0])), 0.5)
+    lo, hi = search.clip((torch.tensor([-1.0, -3.0]), torch.tensor([3.0, 1.0])), 0.5)
     assert (lo.tolist(), hi.tolist()) == ([-1.0, -1.5], [1.5, 1.0])
 
 
@@ -208,7 +209,7 @@ def test_search_finds_the_ratio_of_the_spec(bits, inputs, expected):
 def test_result_does_not_depend_on_the_chunks(rule, monkeypatch):
     W_OI, H_II, grid = weight(), hessian(), replace(GRID, range=rule, group=16)
     whole = grid.fit(W_OI, H_II)["scale"]
-    monkeypatch.setitem(shared.CHUNK_ELEMENTS, "cpu", 5 * 64)
+    monkeypatch.setitem(search.CHUNK_ELEMENTS, "cpu", 5 * 64)
     torch.testing.assert_close(grid.fit(W_OI, H_II)["scale"], whole, rtol=0, atol=0)
 
 

@@ -17,7 +17,7 @@ from qexp.core import rewrite
 from qexp.core.compound_maps import PerHead
 from qexp.core.errors import UserError
 from qexp.core.maps import LinearMap, Orthogonal
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.core.words import Insert
 from qexp.engine.candidate import quantizers
 from qexp.engine.checks import check_model

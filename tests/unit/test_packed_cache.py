@@ -12,8 +12,8 @@ from toy_models import distance, logits, tokens
 from toy_recipes import recipe
 from transformers import DynamicCache
 
+from qexp.core.method import Method
 from qexp.core.packed_kv import KvCodec, codec_of
-from qexp.core.stages import Method
 from qexp.engine.packing import PackedModel, pack_model
 from qexp.models.packed_cache import PackedKvCache
 

@@ -15,8 +15,8 @@ from toy_recipes import a_run, linear_of, recipe, scene_of, stream_into, transfo
 
 from qexp.core.errors import UserError
 from qexp.core.linear import InputPath, QuantLinear
+from qexp.core.method import Method
 from qexp.core.rng import generator
-from qexp.core.stages import Method
 from qexp.core.words import Group, Layer, Quantized, Stats
 from qexp.engine.acting import act_of
 from qexp.engine.blocks import activate, quantize_block

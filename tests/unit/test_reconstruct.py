@@ -14,9 +14,9 @@ from toy_models import FAMILIES, distance, logits, tokens, view_of
 from toy_recipes import a_run, recipe, scene_of, short, stream_into
 
 from qexp.core.learned import NO_CLIPS, Clips, Made, Part
+from qexp.core.method import Method
 from qexp.core.minimise import Knobs
 from qexp.core.rng import generator
-from qexp.core.stages import Method
 from qexp.core.words import BlockReport
 from qexp.engine import blocks as walk
 from qexp.engine.blocks import activate, quantize_blocks

@@ -15,7 +15,7 @@ from toy_models import FAMILIES, logits, view_of
 from toy_recipes import a_run, recipe
 
 from qexp.core.errors import UserError
-from qexp.core.stages import Method
+from qexp.core.method import Method
 from qexp.core.words import BlockReport, LayerReport
 from qexp.engine import store as stores
 from qexp.engine.blocks import quantize_blocks
@@ -173,7 +173,7 @@ class TestAWholeBlock:
         packed = pack_block(view, 0, REPORT)
         for group in view.groups(0):
             for layer in group.layers:
-                tensor = packed.tensors[f"codes.{layer.name}"]
+                tensor = packed.tensors[f"linear.{layer.name}.codes"]
                 assert tensor.numel() * tensor.element_size() * 8 <= layer.outputs * (layer.inputs * 3 + 32)
 
     def test_nothing_of_a_quantized_weight_is_stored_in_full(self, tmp_path: Path) -> None:

@@ -16,14 +16,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qexp.core.errors import NumericalError
+from qexp.core.errors import NumericalError, UserError, choose
 from qexp.core.straight import rounded, straight
-from qexp.stages.grid._shared import Range, slices
+from qexp.stages.grid._shared import slices
+from qexp.stages.grid._shared_search import Range
 
 log = logging.getLogger(__name__)
 
 SYMMETRIES = ("restricted", "half_step", "full_unsigned", "full_signed", "asymmetric")
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
+
+
+def check_settings(symmetry: str, clip: float, dtype: str) -> None:
+    """Raise UserError for a convention, a part of a range or a dtype that means nothing."""
+    choose("grid.symmetry", symmetry, SYMMETRIES, "method.grid.symmetry")
+    choose("grid.scale_dtype", dtype, SCALE_BITS, "method.grid.scale_dtype")
+    if not 0 < clip <= 1:
+        raise UserError(f"grid.clip={clip}", "a ratio in (0, 1]", "method.grid.clip=1.0")
 
 
 def exact_scale(ends: Range, bits: int, symmetry: str) -> Tensor:

@@ -10,17 +10,18 @@ clip is measured with the Hessian of all tokens instead of 512 of them, on a ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qexp.core.errors import NumericalError, UserError, choose
-from qexp.core.words import Layer, Params
-from qexp.stages.grid import _shared as shared
+from qexp.core.errors import UserError, choose
+from qexp.core.words import Format, Layer, Params
+from qexp.stages.grid import _shared as common
 from qexp.stages.grid import _shared_scale as scales
+from qexp.stages.grid import _shared_search as search
 from qexp.stages.grid._shared_sweep import sweep
 
 
@@ -28,9 +29,8 @@ from qexp.stages.grid._shared_sweep import sweep
 class Integer:
     """The grid. Params: ``scale`` [O, G] in the dtype of the weight, and ``zero`` [O, G] uint8 if asymmetric.
 
-    Scales are rounded to ``scale_dtype`` before any code is derived; float32 leaves the arithmetic's own dtype (so
-    float64 weights get exact scales). ``minmax_roles`` are roles of layers that keep the plain range;
-    ``shrink_steps`` candidates 1 - i / ``shrink_grid`` are searched; ``clip`` multiplies a plain range.
+    Scales are rounded to ``scale_dtype`` before any code is derived; float32 rounds nothing. Layers of ``minmax_roles``
+    keep the plain range, times ``clip``; ``shrink_steps`` candidates 1 - i / ``shrink_grid`` are searched.
     """
 
     bits: int
@@ -52,28 +52,31 @@ class Integer:
         """Return "activations" if the range rule weighs errors with the Hessian."""
         return frozenset({"activations"} if self.range in ("diag_h", "output") else ())
 
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """Return dtypes, and the bits of zero points."""
+        return {"scale": self.scale_dtype, "zero": self.bits}
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Return all parameters, where the whole weight has one range."""
+        return frozenset({"scale", "zero"} if self.group == 0 else ())
+
     def for_layer(self, layer: Layer, bits: int) -> Integer:
         """Return this grid at ``bits`` for ``layer``, with the plain range where its role asks for it."""
         return replace(self, bits=bits, range="minmax" if layer.role in self.minmax_roles else self.range)
 
     def check(self, layer: Layer) -> None:
         """Raise UserError if a setting is unknown or the layer's shape does not fit."""
-        choose("grid.symmetry", self.symmetry, scales.SYMMETRIES, "method.grid.symmetry")
-        choose("grid.range", self.range, shared.RANGES, "method.grid.range")
-        if not 0 < self.clip <= 1:
-            raise UserError(f"grid.clip={self.clip}", "a ratio in (0, 1]", "method.grid.clip=1.0")
-        choose("grid.scale_dtype", self.scale_dtype, scales.SCALE_BITS, "method.grid.scale_dtype")
-        shared.check_shape(self.bits, self.group, layer)
+        scales.check_settings(self.symmetry, self.clip, self.scale_dtype)
+        choose("grid.range", self.range, search.RANGES, "method.grid.range")
+        common.check_shape(self.bits, self.group, layer)
         if self.group == 0 and self.range == "output":
             raise UserError("grid.range=output with group=0", "a row or group to measure", "bits.group=-1")
 
     def fit(self, W_OJ: Tensor, H_JJ: Tensor | None) -> Params:
-        """Return scale [O, G] (and zero) for a weight or a slice of whole groups.
-
-        Raises: NumericalError for weights that are not finite and for scales that overflow ``scale_dtype``.
-        """
-        if not W_OJ.isfinite().all():
-            raise NumericalError("the weight has elements that are not finite")
+        """Return scale [O, G] (and zero). Raises: NumericalError for a weight not finite, or a scale that overflows."""
+        common.check_finite(W_OJ)
         params = self._params(self._range(W_OJ, H_JJ))
         scales.check_scale(params["scale"], self.scale_dtype)
         return {name: p.expand(len(W_OJ), -1).contiguous() for name, p in params.items()}
@@ -113,9 +116,8 @@ class Integer:
 
     def cost(self, outputs: int, inputs: int) -> float:
         """Return bits per weight: the code, and per slice its scale and, packed at b bits, its zero point."""
-        columns = {-1: inputs, 0: outputs * inputs}.get(self.group, self.group)
         zero_bits = self.bits if self.symmetry == "asymmetric" else 0
-        return self.bits + (scales.SCALE_BITS[self.scale_dtype] + zero_bits) / columns
+        return self.bits + (scales.SCALE_BITS[self.scale_dtype] + zero_bits) / common.columns(self, outputs, inputs)
 
     def _grouped(self, X_OJ: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor | int]:
         """Return X, scale and zero in shapes that broadcast: as they are for one group, else with an axis of groups."""
@@ -128,22 +130,21 @@ class Integer:
         """Return the nearest codes, still in floating point."""
         return torch.div(W, scale).round_().add_(zero).clamp_(0, (1 << self.bits) - 1)
 
-    def _quantize(self, W_OGg: Tensor, ends: shared.Range) -> Tensor:
+    def _quantize(self, W_OGg: Tensor, ends: search.Range) -> Tensor:
         """Return slices rounded to the grid of this range."""
         W, scale, zero = self._grouped(W_OGg.flatten(1), self._params(ends))
         return self._codes(W, scale, zero).sub_(zero).mul_(scale).view(W_OGg.shape)
 
-    def _range(self, W_OJ: Tensor, H_JJ: Tensor | None) -> shared.Range:
+    def _range(self, W_OJ: Tensor, H_JJ: Tensor | None) -> search.Range:
         """Return the range of every slice by this grid's rule."""
-        W_OGg, rule = shared.slices(W_OJ, self.group), self.range if H_JJ is not None else shared.BLIND[self.range]
+        W_OGg, rule = common.slices(W_OJ, self.group), self.range if H_JJ is not None else search.BLIND[self.range]
         if rule == "minmax":
-            return shared.shrink(shared.extremes(W_OGg), self.clip)
-        measure = shared.measure_of(rule, H_JJ, self.exponent, len(W_OJ), self.group, W_OJ.dtype)
-        return shared.search_range(
-            W_OGg, shared.candidates(rule, self.shrink_grid, self.shrink_steps), self._quantize, measure
-        )
+            return search.shrink(search.extremes(W_OGg), self.clip)
+        measure = search.measure_of(rule, H_JJ, self.exponent, len(W_OJ), self.group, W_OJ.dtype)
+        tried = search.candidates(rule, self.shrink_grid, self.shrink_steps)
+        return search.search_range(W_OGg, tried, self._quantize, measure)
 
-    def _params(self, ends: shared.Range) -> Params:
+    def _params(self, ends: search.Range) -> Params:
         """Return scale and zero [O, G] as they are stored; slices of zeros get scale 1."""
         scale = scales.stored_scale(scales.exact_scale(ends, self.bits, self.symmetry), self.scale_dtype)
         return self.stored(scale, -ends[0] / scale)

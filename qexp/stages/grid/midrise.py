@@ -10,15 +10,16 @@ Source: arXiv:2307.13304 section 4 and its code (qfn b); ratios: methods/quip.md
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qexp.core.errors import NumericalError, UserError
-from qexp.core.words import Layer, Params
-from qexp.stages.grid import _shared as shared
+from qexp.core.errors import UserError
+from qexp.core.words import Format, Layer, Params
+from qexp.stages.grid import _shared as common
 from qexp.stages.grid import _shared_scale as scales
 
 SILENT = 2.0**-24  # the least of float16: the step of a slice of zeros, where one is to be learned
@@ -39,6 +40,12 @@ class Midrise:
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
     dim: ClassVar[int] = 1
+    formats: ClassVar[Mapping[str, Format]] = {"scale": "float16"}
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Return the scale, where the whole weight has one."""
+        return frozenset({"scale"} if self.group == 0 else ())
 
     def for_layer(self, layer: Layer, bits: int) -> Midrise:
         """Return this grid at ``bits``."""
@@ -46,16 +53,15 @@ class Midrise:
 
     def check(self, layer: Layer) -> None:
         """Raise UserError for settings that mean nothing or a shape that does not fit."""
-        shared.check_shape(self.bits, self.group, layer)
+        common.check_shape(self.bits, self.group, layer)
         if self.ratio != "auto" and not (isinstance(self.ratio, (int, float)) and self.ratio > 0):
             raise UserError(f"grid.ratio={self.ratio}", "a positive number, or auto", "method.grid.ratio=auto")
 
     def fit(self, W_OJ: Tensor, H_JJ: Tensor | None) -> Params:
         """Return the scales [O, G]. Raises: NumericalError for weights that are not finite."""
-        if not W_OJ.isfinite().all():
-            raise NumericalError("the weight has elements that are not finite")
+        common.check_finite(W_OJ)
         ratio = AUTO[self.bits] if self.ratio == "auto" else float(self.ratio)
-        rms = shared.slices(W_OJ, self.group).double().pow(2).mean(-1).sqrt()
+        rms = common.slices(W_OJ, self.group).double().pow(2).mean(-1).sqrt()
         scale = scales.stored_scale((2 * ratio / self._top * rms).to(W_OJ.dtype), "float16")
         scale = torch.where(rms == 0, 0, scale)
         scales.check_scale(scale[rms > 0], "float16")
@@ -89,8 +95,7 @@ class Midrise:
 
     def cost(self, outputs: int, inputs: int) -> float:
         """Return bits per weight: the code, and per slice its scale."""
-        columns = {-1: inputs, 0: outputs * inputs}.get(self.group, self.group)
-        return self.bits + scales.SCALE_BITS["float16"] / columns
+        return self.bits + scales.SCALE_BITS["float16"] / common.columns(self, outputs, inputs)
 
     @property
     def _top(self) -> int:

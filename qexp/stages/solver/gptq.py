@@ -68,12 +68,10 @@ class Gptq:
             params = grid.fit(W_OI, stats.H_II)
             return Quantized(grid.encode(W_OI, params), params)
         sweep = Sweep.start(W_OI, order, M_II.to(W_OI.dtype), grid)
-        if grid.group > 0 and not self.static_groups:
+        if grid.group > 0 and not self.static_groups and not grid.shared:
             params = sweep.round_fitting(stats.H_II)  # columns are in their own order: __post_init__
         else:
             params = grid.fit(W_OI, stats.H_II)
             sweep.use(params, order)
             sweep.round(0, len(order))
-        codes = torch.empty_like(sweep.codes)
-        codes[order[:: grid.dim] // grid.dim] = sweep.codes
-        return Quantized(codes.T.contiguous(), params)
+        return Quantized(sweep.codes_in_place(order), params)

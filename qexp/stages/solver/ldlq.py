@@ -57,9 +57,7 @@ class Ldlq:
         sweep = Sweep.start(W_OI, order, M_II.to(W_OI.dtype), grid)
         sweep.use(params, order)
         sweep.round(0, len(order))
-        codes = torch.empty_like(sweep.codes)
-        codes[order[:: grid.dim] // grid.dim] = sweep.codes
-        solved = Quantized(codes.T.contiguous(), params)
+        solved = Quantized(sweep.codes_in_place(order), params)
         if not self.passes:
             return solved
         return self._improved(W_OI, solved, damped(H_II, self.damp_fraction).to(W_OI.dtype), grid, order)
