@@ -78,6 +78,6 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
         "metrics": metrics,
         "window_losses": results.window_losses,
         "blocks": blocks,
-        "diagnostics": {"activations": surfaces.activations(), "inputs": surfaces.inputs(), "losses": losses},
+        "diagnostics": {**surfaces.found(), "losses": losses, "allocation": view.allocation},
         "cost": seconds,
     }

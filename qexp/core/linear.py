@@ -106,9 +106,20 @@ class QuantLinear(nn.Module):
         self.grid, self.codes, self.params = grid, quantized.codes, quantized.params
         decoded = grid.decode(quantized.codes, quantized.params).to(self.weight)
         self.kept = None if quantized.kept is None else quantized.kept.half().to(self.weight)
-        self.weight.copy_(decoded if self.kept is None else torch.cat([decoded, self.kept], dim=1))
-        if self.sparse is not None:
-            self.sparse.put(self.weight)
+        behind = self.weight if self.kept is None else torch.cat([decoded, self.kept], dim=1)
+        self.weight.copy_(self.assembled(decoded, behind))
+
+    def left(self, W: Tensor | None = None) -> Tensor:
+        """Return what of the weight (or of ``W`` [O, I]) is to be quantized: no kept column, no outlier."""
+        W = self.weight if W is None else W
+        W = W if self.sparse is None else self.sparse.cleared(W)
+        return W[:, : W.shape[1] - self.path.kept]
+
+    def assembled(self, front: Tensor, W: Tensor | None = None) -> Tensor:
+        """Return the weight [O, I], ``front`` for what is quantized; kept columns are its own, or those of ``W``."""
+        last = (self.weight if W is None else W)[:, front.shape[1] :]
+        whole = torch.cat([front, last.to(front)], dim=1) if last.shape[1] else front
+        return whole if self.sparse is None else self.sparse.over(whole)
 
     def cost(self) -> float:
         """Return stored bits per weight, kept columns included."""
@@ -125,12 +136,6 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {state}, online={len(self.path.maps)}"
         )
-
-
-def beside_kept(front: Tensor, W: Tensor) -> Tensor:
-    """Return a weight's first columns as they are given, and its last ones, which are kept, from ``W`` [O, I]."""
-    last = W[:, front.shape[1] :]
-    return torch.cat([front, last.to(front)], dim=1) if last.shape[1] else front
 
 
 def replace_linears(model: nn.Module, groups: list[tuple[str, ...]]) -> None:

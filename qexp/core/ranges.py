@@ -64,6 +64,35 @@ class Clipped:
         return cut.flatten(1)
 
 
+@runtime_checkable
+class Weighted(Protocol):
+    """A grid that can be fitted by a weight for each error."""
+
+    def fit_weighted(self, W_OJ: Tensor, F_OJ: Tensor) -> Params:
+        """Return parameters for a weight whose squared errors count F >= 0."""
+        ...
+
+
+class Sensed:
+    """A grid with the squared gradients F [O, J] of the weight that it will be fitted to. Else it is the grid."""
+
+    def __init__(self, grid: Grid, F_OJ: Tensor) -> None:
+        self.grid, self.F_OJ = grid, F_OJ
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the grid has."""
+        return getattr(self.grid, name)
+
+    def fit(self, W_OJ: Tensor, _: Tensor | None) -> Params:
+        """Return the parameters by the squared gradients of these columns."""
+        return cast("Weighted", self.grid).fit_weighted(W_OJ, self.F_OJ[:, : W_OJ.shape[1]].to(W_OJ))
+
+
+def sensed(grid: Grid, F_OJ: Tensor) -> Grid:
+    """Return the grid with the squared gradients by which it is fitted."""
+    return cast("Grid", Sensed(grid, F_OJ))
+
+
 def within(grid: Grid, ratios: Tensor) -> Grid:
     """Return the grid with its ranges cut at learned ratios."""
     return cast("Grid", Clipped(grid, ratios))
@@ -71,11 +100,14 @@ def within(grid: Grid, ratios: Tensor) -> Grid:
 
 def over(grid: Grid, group: int) -> Grid:
     """Return the grid as it is fitted to one group of columns alone: a clipped one has ratios of its own for each."""
-    if isinstance(grid, Clipped) and grid.ratios.shape[1] > 1:
-        return within(grid.grid, grid.ratios[:, group : group + 1])
+    if isinstance(grid, Clipped):
+        own = grid.ratios[:, group : group + 1] if grid.ratios.shape[1] > 1 else grid.ratios
+        return within(over(grid.grid, group), own)
+    if isinstance(grid, Sensed):
+        return sensed(grid.grid, grid.F_OJ[:, group * grid.group : (group + 1) * grid.group])
     return grid
 
 
 def bare(grid: Grid) -> Grid:
-    """Return the grid without any cut."""
-    return grid.grid if isinstance(grid, Clipped) else grid
+    """Return the grid itself, without what it is fitted by."""
+    return bare(grid.grid) if isinstance(grid, Clipped | Sensed) else grid

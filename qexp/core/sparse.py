@@ -31,15 +31,13 @@ class Sparse:
         row, column = mask_OI.nonzero(as_tuple=True)
         return cls(row, column, W_OI[row, column].half(), (mask_OI.shape[0], mask_OI.shape[1]))
 
-    def put(self, W_OI: Tensor) -> None:
-        """Write the kept values over a weight, in place."""
-        W_OI[self.row, self.column] = self.value.to(W_OI)
+    def over(self, W_OI: Tensor) -> Tensor:
+        """Return a weight with the kept values in their places, differentiable."""
+        return W_OI.index_put((self.row, self.column), self.value.to(W_OI))
 
-    def clear(self, W_OI: Tensor) -> Tensor:
-        """Return a copy of a weight without them: what is quantized. Columns beyond its width are not its own."""
-        dense, here = W_OI.clone(), self.column < W_OI.shape[1]
-        dense[self.row[here], self.column[here]] = 0
-        return dense
+    def cleared(self, W_OI: Tensor) -> Tensor:
+        """Return a weight with zeros in their places, differentiable: what is left to quantize."""
+        return W_OI.index_put((self.row, self.column), W_OI.new_zeros(()))
 
     def to(self, device: torch.device) -> Sparse:
         """Return it on a device."""

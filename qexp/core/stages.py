@@ -14,9 +14,23 @@ import torch
 from torch import Tensor
 
 from qexp.core.maps import LinearMap
-from qexp.core.words import Format, Insert, Layer, Params, Quantized, Site, Split, Stats
+from qexp.core.words import Format, Insert, Layer, Outliers, Params, Quantized, Site, Split, Stats
 
-Sensitivity = Callable[[Layer, int], float]
+
+class Measures(Protocol):
+    """What an allocation may ask about a layer at some bits, and where it may say what it found."""
+
+    def damage(self, layer: Layer, bits: int) -> float:
+        """Return what quantizing this layer alone does to the model, by the allocation's own ``metric``."""
+        ...
+
+    def cost(self, layer: Layer, bits: int) -> float:
+        """Return the stored bits per weight."""
+        ...
+
+    def tell(self, name: str, value: float) -> None:
+        """Keep a figure for the record."""
+        ...
 
 
 class Sites(Protocol):
@@ -48,6 +62,11 @@ class Surroundings(Protocol):
     @property
     def stats(self) -> Stats:
         """Return the statistics of the site's activation (block scope only)."""
+        ...
+
+    @property
+    def fisher(self) -> Sequence[Tensor]:
+        """Return the readers' mean squared gradients of the loss, each [O, I] float32 (needs "fisher")."""
         ...
 
     def damage(self, candidate: LinearMap) -> float:
@@ -82,8 +101,8 @@ class Transform(Protocol):
         """Return the sites this transform edits, in order."""
         ...
 
-    def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | Split | None:
-        """Return the map to insert at ``site``, the channels to keep out, or None to leave it."""
+    def edit(self, site: Site, around: Surroundings, rng: torch.Generator) -> Insert | Split | Outliers | None:
+        """Return the map to insert at ``site``, the channels or weights to keep out, or None to leave it."""
         ...
 
 
@@ -211,12 +230,12 @@ class Tuner(Protocol):
 
 @runtime_checkable
 class Allocation(Protocol):
-    """How many bits each layer gets; 16 leaves a layer as it is."""
+    """How many bits each layer gets; 16 leaves a layer as it is. One that asks for damages has a ``metric``."""
 
     @property
     def version(self) -> int: ...
 
-    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
+    def assign(self, layers: Iterable[Layer], measures: Measures) -> dict[str, int]:
         """Return bits by layer name."""
         ...
 

@@ -133,6 +133,13 @@ class Split:
     kept: int
 
 
+@dataclass(frozen=True)
+class Outliers:
+    """Keep single weights of a site's readers out of all quantization: a mask [O, I] for each, in their order."""
+
+    masks: tuple[Tensor, ...]
+
+
 @dataclass
 class LayerReport:
     """What the record says of one quantized layer; ``error`` is the relative output error on calibration data."""

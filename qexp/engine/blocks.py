@@ -22,9 +22,11 @@ from qexp.core.words import FULL_BITS, BlockReport, Stats
 from qexp.engine.acting import act_of, calibrate, has_work, is_calibrated
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
+from qexp.engine.fisher import take_fisher
 from qexp.engine.learned_record import keep_learned
 from qexp.engine.reconstruct import Scene
 from qexp.engine.rounding import learn_roundings
+from qexp.engine.sensitivity import take_bits
 from qexp.engine.solving import Plan, plan_of, solve_group
 from qexp.engine.store import Finished, install, pack_block
 from qexp.engine.streams import Keep, advance, embed
@@ -37,9 +39,11 @@ from qexp.models.view import ModelView
 @torch.no_grad()
 def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -> list[BlockReport]:
     """Quantize all blocks in place with calibration ``tokens`` int64 [N, S]; return one report per block."""
+    take_bits(view, tokens, method, run)
     plan, wants = plan_of(view, method, run.seed, run.progress), wants_of(method)
     if not has_work(method, plan.grids):
         return []  # 16 bits everywhere: nothing to walk for
+    take_fisher(view, tokens, method, run)
     keep = run.shelf(view, tokens, wants.streams).keep
     stream, kwargs = embed(view, tokens, keep)
     quantized, floating = (stream if wanted else [] for wanted in (wants.quantized, wants.float))

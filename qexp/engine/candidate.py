@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from qexp.core.absorb import Parameters, present
 from qexp.core.learned import NO_CLIPS, Made
-from qexp.core.linear import InputPath, beside_kept
+from qexp.core.linear import InputPath
 from qexp.core.maps import LinearMap
 from qexp.core.method import Method
 from qexp.core.placed import wide
@@ -49,8 +49,7 @@ class Candidate:
                 linear, ratios = self.view.linear(name), made.clips.weights.get(name)
                 W = wide(weights.get(f"{name}.weight", linear.weight))
                 grid = grids[name] if ratios is None else within(grids[name], ratios)
-                front = _rounded(grid, W[:, : W.shape[1] - linear.path.kept])
-                weights[f"{name}.weight"] = beside_kept(front, W)
+                weights[f"{name}.weight"] = linear.assembled(_rounded(grid, linear.left(W)), W)
         return weights
 
     def answer(self, made: Made, block: int, weights: Weights, x: Tensor, kwargs: Kwargs) -> Tensor:

@@ -11,7 +11,9 @@ from qexp.core.errors import UserError, choose
 from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, NormFactors, RangeTuner, Trained
 from qexp.core.method import Method
 from qexp.core.ranges import Uniform
+from qexp.core.stages import Transform
 from qexp.core.words import FULL_BITS
+from qexp.engine.fisher import needs_fisher
 from qexp.engine.wants import changes_norms, model_trainings, trainings
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def check_method(method: Method, calibrated: bool) -> None:
                 raise UserError(f"transform {name} without {needed} before it", needed, f"method/transform=[{right}]")
         seen.append(name)
     _check_kept_last(method)
+    _check_fisher(method)
     learned = trainings(method) | model_trainings(method)
     for key, training in learned.items():
         training.check(f"method.{key}.training")
@@ -44,7 +47,8 @@ def check_method(method: Method, calibrated: bool) -> None:
     members: list[Any] = [method.grid, method.solver, *method.transform.values()]
     members += [tuner for tuner in method.tuner.values() if isinstance(tuner, NormFactors)]
     members += [method.act] if method.act.bits < FULL_BITS else []
-    needing = [type(member).__name__ for member in members if "activations" in member.needs] + list(learned)
+    needing = ["the allocation"] if hasattr(method.allocation, "metric") else []
+    needing += [type(member).__name__ for member in members if member.needs & {"activations", "fisher"}] + list(learned)
     if needing and not calibrated:
         raise UserError(
             f"calibration=none, but {' and '.join(needing)} of {method.name} read activations",
@@ -78,6 +82,22 @@ def _check_learners(method: Method) -> None:
         raise UserError(got, "rows or groups", "method.grid.group=-1")
 
 
+def _check_fisher(method: Method) -> None:
+    """Raise UserError for transforms that would change weights after their squared gradients were taken."""
+    readers = needs_fisher(method)
+    changing = [name for name, t in method.transform.items() if t.scope == "block" and not keeps_weights(t)]
+    if readers and changing:
+        got = f"{changing[0]} of a block changing weights whose squared gradients {' and '.join(readers)} reads"
+        need = "weights as they were when the gradients were taken"
+        fix = "method/transform=[]" if readers == ["grid"] else f"method/transform=[{','.join(changing)}]"
+        raise UserError(got, need, "method.grid.weights=hessian" if readers == ["grid"] else fix)
+
+
+def keeps_weights(transform: Transform) -> bool:
+    """Return whether a transform leaves weights as they are, and at most says which are not to be quantized."""
+    return bool(getattr(transform, "keeps_weights", False))
+
+
 @runtime_checkable
 class Keeping(Protocol):
     """A transform that keeps input channels out of quantization."""
@@ -87,10 +107,10 @@ class Keeping(Protocol):
 
 
 def _check_kept_last(method: Method) -> None:
-    """Raise UserError for a transform behind kept channels, which it would mix or search without."""
+    """Raise UserError for a transform behind kept channels or weights, which it would mix or search without."""
     names = list(method.transform)
     for name in names[:-1]:
-        if isinstance(method.transform[name], Keeping):
+        if isinstance(method.transform[name], Keeping) or keeps_weights(method.transform[name]):
             order = ",".join([other for other in names if other != name] + [name])
             raise UserError(f"transforms behind {name}", f"{name} last", f"method/transform=[{order}]")
 
@@ -103,6 +123,7 @@ def check_model(view: ModelView, method: Method) -> None:
     grids = plan_of(view, method, 0).grids
     sites = [(transform, site) for transform in method.transform.values() for site in transform.sites(view)]
     kept = {reader: t.kept(site.size) for t, site in sites if isinstance(t, Keeping) for reader in site.readers}
+    _check_options(view, method)
     for layer in view.layers:
         seen = replace(layer, inputs=layer.inputs - kept.get(layer.name, 0))
         if layer.name in grids:
@@ -120,6 +141,13 @@ def check_model(view: ModelView, method: Method) -> None:
                 "bits.kv=16",
             )
         method.kv.cost(view.head_size)  # says it if the head cannot be divided as asked
+
+
+def _check_options(view: ModelView, method: Method) -> None:
+    """Raise UserError where an allocation has options that the grid cannot take."""
+    for bits in getattr(method.allocation, "options", ()) if method.grid.bits < FULL_BITS else ():
+        for layer in (layer for layer in view.layers if bits < FULL_BITS):
+            method.grid.for_layer(layer, bits).check(layer)
 
 
 def _check_learned(view: ModelView, method: Method) -> None:

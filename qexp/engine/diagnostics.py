@@ -76,6 +76,10 @@ class Surfaces:
             entries.append({"layer": group.layers[0].name, "before": grid, "after": grid_after, **kurtosis})
         return entries
 
+    def found(self) -> dict[str, Any]:
+        """Return what the record's ``diagnostics`` say of inputs."""
+        return {"activations": self.activations(), "inputs": self.inputs()}
+
     def inputs(self) -> list[dict[str, Any]]:
         """Return the figures of every linear's input for the record's ``diagnostics.inputs``."""
         every = [group for group in self.groups if group.site in self.before and group.site in self.after]

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from qexp.core.learned import LearnedSolver, Made, Part, Rounding
-from qexp.core.linear import beside_kept
 from qexp.core.minimise import Knobs
 from qexp.core.placed import wide
 from qexp.core.rng import generator
 from qexp.core.words import Layer, LayerReport, Quantized, Stats
 from qexp.engine.reconstruct import Lesson, Scene, Story, reconstruct
-from qexp.engine.solving import Plan, first_columns, installed, ranged
+from qexp.engine.solving import Plan, first_columns, fitted_grid, installed
 
 
 @torch.no_grad()
@@ -54,11 +53,9 @@ def learn_roundings(
 def _begin(plan: Plan, solver: LearnedSolver, layer: Layer, stats: Stats | None) -> Rounding:
     """Return the rounding of a layer at its start."""
     linear = plan.view.linear(layer.name)
-    columns = layer.inputs - linear.path.kept
-    W_OI = linear.weight.float()[:, :columns].clone()
-    rng = generator(plan.seed, layer.name)
-    seen = None if stats is None else first_columns(stats, columns)
-    return solver.rounding(W_OI, seen, ranged(plan.grids[layer.name], [linear]), rng)
+    W_OI, rng = linear.left().float().clone(), generator(plan.seed, layer.name)
+    seen = None if stats is None else first_columns(stats, W_OI.shape[1])
+    return solver.rounding(W_OI, seen, fitted_grid(plan, [layer.name]), rng)
 
 
 def _weights_part(plan: Plan, roundings: Mapping[Layer, Rounding]) -> Part:
@@ -71,7 +68,7 @@ def _weights_part(plan: Plan, roundings: Mapping[Layer, Rounding]) -> Part:
     def make() -> Made:
         weights = {}
         for layer, rounding in roundings.items():
-            weights[f"{layer.name}.weight"] = beside_kept(rounding.rounded(), plan.view.linear(layer.name).weight)
+            weights[f"{layer.name}.weight"] = plan.view.linear(layer.name).assembled(rounding.rounded())
         return Made(weights=weights)
 
     def project() -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from qexp.core.linear import QuantLinear
 from qexp.core.method import Method
-from qexp.core.ranges import within
+from qexp.core.ranges import sensed, within
 from qexp.core.rng import generator
-from qexp.core.stages import Grid, Solver
+from qexp.core.stages import Grid, Measures, Solver
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
 from qexp.engine.context import MicroBatches, Progress, quiet
 from qexp.kernels.gram import add_gram
@@ -40,14 +41,17 @@ class Plan:
 
 def plan_of(view: ModelView, method: Method, seed: int, progress: Progress = quiet) -> Plan:
     """Return the plan with the grid of every layer at the bits its allocation gives; 16 bits mean no grid."""
-
-    def no_sensitivity(layer: Layer, bits: int) -> float:
-        raise NotImplementedError(f"no allocation of this version asks for sensitivities ({layer.name} at {bits})")
-
-    bits = method.allocation.assign(view.layers, no_sensitivity)
+    bits = view.allocation["bits"] if view.allocation else plain_bits(view, method)
     quantized = [layer for layer in view.layers if bits[layer.name] < FULL_BITS]
     grids = {a.name: method.grid.for_layer(a, bits[a.name]) for a in quantized}
     return Plan(view, method, grids, seed, progress)
+
+
+def plain_bits(view: ModelView, method: Method) -> dict[str, int]:
+    """Return bits by layer of an allocation that measures nothing; of one that does, before it has, the recipe's."""
+    if hasattr(method.allocation, "metric"):
+        return {layer.name: method.grid.bits for layer in view.layers}
+    return method.allocation.assign(view.layers, cast("Measures", None))
 
 
 @torch.no_grad()
@@ -64,9 +68,10 @@ def solve_group(plan: Plan, group: Group, stats: Stats | None) -> list[LayerRepo
 
 def _solve_stack(plan: Plan, stack: list[Layer], grid: Grid, stats: Stats | None) -> list[LayerReport]:
     linears = [plan.view.linear(layer.name) for layer in stack]
-    W_OI = torch.cat([linear.weight.float() for linear in linears])
-    rng, kept = generator(plan.seed, stack[0].name), linears[0].path.kept
-    cut = ranged(grid, linears)
+    kept = linears[0].path.kept  # their columns take up errors: the solver's helper wants them, too
+    parts = [(linear.weight if linear.sparse is None else linear.sparse.cleared(linear.weight)) for linear in linears]
+    W_OI, rng = torch.cat(parts).float(), generator(plan.seed, stack[0].name)
+    cut = fitted_grid(plan, [layer.name for layer in stack])
     if kept:
         solved = solve_beside(plan.method.solver, W_OI, kept, stats, cut, rng)
     else:
@@ -81,9 +86,12 @@ def _solve_stack(plan: Plan, stack: list[Layer], grid: Grid, stats: Stats | None
     return reports
 
 
-def ranged(grid: Grid, linears: list[QuantLinear]) -> Grid:
-    """Return the grid as it is fitted to these layers: by the ranges that a transform has learned, if one has."""
+def fitted_grid(plan: Plan, names: list[str]) -> Grid:
+    """Return the grid of layers that are solved together, with what it is fitted by: learned ranges, gradients."""
+    grid, linears = plan.grids[names[0]], [plan.view.linear(name) for name in names]
     ratios = [linear.clips for linear in linears if linear.clips is not None]  # of all that share an input, or of none
+    if "fisher" in grid.needs:
+        grid = sensed(grid, torch.cat([plan.view.linear(name).left(plan.view.fisher_of(name)) for name in names]))
     return within(grid, torch.cat(ratios)) if ratios else grid
 
 
@@ -93,7 +101,7 @@ def installed(layer: Layer, linear: QuantLinear, own: Quantized, grid: Grid, sta
     linear.install(grid, own)
     linear.clips = None  # they have served
     D = linear.weight.float() - W
-    error = None if stats is None else _quadratic(D, stats.H_II) / max(_quadratic(W, stats.H_II), 1e-30)
+    error = None if stats is None else quadratic(D, stats.H_II) / max(quadratic(W, stats.H_II), 1e-30)
     sqnr = 10 * torch.log10(W.pow(2).sum() / D.pow(2).sum().clamp(min=1e-30))
     return LayerReport(layer.name, linear.cost(), error, float(sqnr))
 
@@ -128,7 +136,7 @@ def first_columns(stats: Stats, count: int) -> Stats:
     return Stats(tokens=stats.tokens, H_II=stats.H_II[:count, :count], **front)
 
 
-def _quadratic(D: Tensor, H: Tensor) -> float:
+def quadratic(D: Tensor, H: Tensor) -> float:
     """Return tr(D H Dᵀ) = tr(DᵀD H) for D [O, I]: the squared output error per calibration token."""
     G = torch.zeros(H.shape, dtype=torch.float64, device=H.device)
     add_gram(G, D)

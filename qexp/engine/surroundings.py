@@ -67,6 +67,11 @@ class SiteSurroundings:
         assert self._stats is not None, "statistics of a site that has none: model scope, or read by no linear"
         return self._stats
 
+    @property
+    def fisher(self) -> list[Tensor]:
+        """Return the readers' mean squared gradients."""
+        return [self._view.fisher_of(name) for name in self._site.readers]
+
     def damage(self, candidate: LinearMap) -> float:
         """Return the mean squared output error with ``candidate`` inserted and everything rounded."""
         assert self._damage is not None, "damage at a site that has none: model scope, or read by no linear"

@@ -12,8 +12,9 @@ from qexp.core import rewrite
 from qexp.core.learned import Clips, Learner, Part, RangeTuner, Trained
 from qexp.core.method import Method
 from qexp.core.rng import generator
+from qexp.core.sparse import Sparse
 from qexp.core.stages import Transform
-from qexp.core.words import Group, Insert, Site, Split
+from qexp.core.words import Group, Insert, Outliers, Site, Split
 from qexp.engine.acting import is_calibrated
 from qexp.engine.capture import Look, observe
 from qexp.engine.reconstruct import Lesson, Scene, Story, reconstruct
@@ -24,6 +25,8 @@ from qexp.engine.whole_model import Learning, learned_once
 from qexp.models.view import ModelView
 
 log = logging.getLogger(__name__)
+
+Change = Insert | Split | Outliers | None
 
 
 @torch.no_grad()
@@ -62,7 +65,7 @@ def transform_block(plan: Plan, scene: Scene, source: Stream) -> dict[str, Story
     for name, transform in chosen:
         sites = [site for site in transform.sites(view) if site.block == scene.block]
         around = _surroundings(plan, scene.block, transform, sites, source, scene.kwargs)
-        changes: dict[str, Insert | Split | None]
+        changes: dict[str, Change]
         if isinstance(transform, Trained):
             parts = [transform.part(sites, around, generator(plan.seed, name, scene.block))]
             parts += _range_parts(plan, scene.block) if name == last else []
@@ -135,10 +138,14 @@ def _where(site: Site, folded: bool) -> str:
     return f"{site.kind} {'folded' if folded else 'online'}"
 
 
-def _apply(view: ModelView, site: Site, change: Insert | Split | None) -> bool:
+def _apply(view: ModelView, site: Site, change: Change) -> bool:
     """Carry out what a transform wants of a site; return whether it was folded."""
     if isinstance(change, Split):
         rewrite.split(view.model, site, change)
+    if isinstance(change, Outliers):
+        for name, mask in zip(site.readers, change.masks, strict=True):
+            linear = view.linear(name)
+            linear.sparse = Sparse.of(mask, linear.weight)
     return isinstance(change, Insert) and rewrite.insert(view.model, site, change)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qexp.core.absorb import InPlace
 from qexp.core.learned import BlockTuner, Made, ModelTuner, NormFactors, Rounding
-from qexp.core.linear import beside_kept
 from qexp.core.maps import Diagonal
 from qexp.core.method import Method
 from qexp.core.minimise import Descent, Memory, Outcome, minimise
@@ -155,8 +154,7 @@ class _EndToEnd(Descent):
     def _answer(self, block: int, x: Tensor) -> Tensor:
         weights = {}
         for layer in (a.name for a in self.plan.view.layers_of(block) if a.name in self.decodings):
-            W = self.plan.view.linear(layer).weight
-            weights[f"{layer}.weight"] = beside_kept(self.decodings[layer].rounded(), W)
+            weights[f"{layer}.weight"] = self.plan.view.linear(layer).assembled(self.decodings[layer].rounded())
         made = Made(weights=weights)
         return self.candidate.answer(made, block, dict(made.weights), x, self.loss.kwargs[block])
 

@@ -41,6 +41,8 @@ class ModelView:
         self.blocks: list[nn.Module] = list(model.get_submodule(self.prefix).children())
         self.has_door = attention.install(model)
         self.replays = Replays(model)
+        self.allocation: dict[str, Any] = {}  # bits by layer and how they came about, where they are measured
+        self.fisher: dict[str, Tensor] = {}  # mean squared gradients of the loss by layer, where a member needs them
         turns = {} if self.family else _forward_order(model)
         self._groups = [self._find_groups(i, turns) for i in range(len(self.blocks))]
         self.layers = [layer for block in range(len(self.blocks)) for layer in self.layers_of(block)]
@@ -70,6 +72,11 @@ class ModelView:
                 "method/transform=[]",
             )
         return self.family
+
+    def fisher_of(self, name: str) -> Tensor:
+        """Return the mean squared gradients [O, I] of a layer's weight, float32."""
+        assert name in self.fisher, f"squared gradients of {name}, which nobody has taken"
+        return self.fisher[name].to(self.model.device, torch.float32)
 
     @property
     def head_size(self) -> int:

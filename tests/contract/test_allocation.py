@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from stage_members import assert_well_kept, member, names
 
@@ -12,6 +14,19 @@ every_allocation = pytest.mark.parametrize("name", names("allocation"))
 LAYERS = [
     Layer(f"model.layers.{block}.self_attn.{role}_proj", role, block, 64, 64) for block in (0, 1) for role in "qkv"
 ]
+
+
+class Figures:
+    """Measures of a made-up model: each bit costs a bit."""
+
+    def __init__(self, damage: Callable[[Layer, int], float]) -> None:
+        self.damage, self.told = damage, dict[str, float]()
+
+    def cost(self, layer: Layer, bits: int) -> float:
+        return float(bits)
+
+    def tell(self, name: str, value: float) -> None:
+        self.told[name] = value
 
 
 def test_all_allocations_are_seen():
@@ -28,7 +43,7 @@ def test_it_is_an_allocation_and_well_kept(name):
 @every_allocation
 @pytest.mark.parametrize("bits", [2, 4, FULL_BITS])
 def test_every_layer_gets_bits_within_the_budget(name, bits):
-    assigned = member("allocation", name, w=bits).assign(iter(LAYERS), lambda layer, b: layer.block + 2.0**-b)
+    assigned = member("allocation", name, w=bits).assign(iter(LAYERS), Figures(lambda layer, b: layer.block + 2.0**-b))
     assert list(assigned) == [layer.name for layer in LAYERS]
     budget = FULL_BITS if name == "none" else bits
     assert sum(assigned.values()) <= budget * len(LAYERS)
@@ -37,5 +52,5 @@ def test_every_layer_gets_bits_within_the_budget(name, bits):
 
 @every_allocation
 def test_equal_sensitivity_gives_equal_bits(name):
-    assigned = member("allocation", name, w=3).assign(LAYERS, lambda _, bits: 2.0**-bits)
+    assigned = member("allocation", name, w=3).assign(LAYERS, Figures(lambda _, bits: 2.0**-bits))
     assert set(assigned.values()) == {FULL_BITS if name == "none" else 3}

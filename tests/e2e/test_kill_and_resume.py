@@ -65,6 +65,9 @@ LONGER = {
     "lrq": ["method=lrq", "bits=w4a8kv8", "method.solver.training.steps=4"],
     "signround": ["method=signround", "bits=w3a16g32", "method.solver.training.steps=4"],
     "efficientqat": ["method=efficientqat", "bits=w2a16g32", "method.tuner.e2e_qp.training.batch=2"],
+    "squeezellm": ["method=squeezellm", "bits=w3a16"],
+    "mixed precision": ["method=mixed_precision", "bits=w3a16"],
+    "mxfp4": ["method=mxfp4", "bits=w4a4"],
     "norm tweaking": ["method=norm_tweaking", "bits=w3a16"],
     "all of it": [
         *(

@@ -39,6 +39,7 @@ TRANSFORMS = {
     "affine": "method=affinequant method.transform.affine.training.steps=1",
     "kronecker": "method=flatquant method.transform.kronecker.training.steps=1",
     "outlier_columns": "method=quik",
+    "dense_sparse": "method=squeezellm method.transform.dense_sparse.outliers=0.02",
     "column_scale": "method=crossquant method/transform=[column_scale]",
 }
 SOLVERS = ("rtn", "gptq")
@@ -54,6 +55,15 @@ TUNERS = {
     "e2e_qp": "method/tuner=[e2e_qp]",
     "all": "method/tuner=[clip,norm_tweaking,e2e_qp] method.tuner.clip.training.steps=1",
 }
+TABLES = ("binary_coding", "power_of_two", "additive_power_of_two", "kmeans", "kmeans_fisher")
+FLOATS = ("mxfp4", "nvfp4", "nf4")
+BELOW = {
+    "nothing": "method=rtn method/transform=[]",
+    "rotation": "method=quarot method/act=per_token method/kv=none",
+    "scales": "method=awq",
+}
+REFUSED = ("kmeans_fisher", "scales")  # squared gradients are taken before a block's weights are scaled
+GRID_SWAPS = [s for s in product(TABLES + FLOATS, ("rtn", "gptq", "ldlq"), BELOW) if s[::2] != REFUSED]
 UNDER = ("duquant", "let", "kronecker", "learned_rotation", "incoherence")  # transforms of solvers that learn
 LEARNING = list(product(LEARNED, UNDER, GRIDS, TUNERS))
 SWAPS = list(product(TRANSFORMS, SOLVERS, GRIDS, ACTS, KVS))
@@ -63,7 +73,7 @@ IDS = tokens(4)
 def test_all_are_there() -> None:
     assert len(LEARNING) == 4 * 5 * 3 * 6
     assert {*SOLVERS, *LEARNED, "gptq_in_order", "ldlq"} == set(names("solver")) and TUNERS.keys() > set(names("tuner"))
-    assert len(SWAPS) == 11 * 2 * 3 * 2 * 2 == len(set(SWAPS))
+    assert len(SWAPS) == 12 * 2 * 3 * 2 * 2 == len(set(SWAPS))
     of_earlier_issues = {"fold_norm", "hadamard", "hadamard_keys", "hadamard_online", "smooth", "smooth_duquant", "awq"}
     assert {name.removesuffix(" alone") for name in TRANSFORMS} == set(names("transform")) - of_earlier_issues
 
@@ -105,6 +115,19 @@ def test_it_composes_and_runs(swap: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "swap",
+    [s if s[1:] == GRID_SWAPS[1][1:] else pytest.param(s, marks=pytest.mark.slow) for s in GRID_SWAPS],
+    ids="-".join,
+)
+def test_any_grid_goes_with_any_solver_under_any_transform(swap: tuple[str, ...], tmp_path: Path) -> None:
+    grid, solver, below = swap
+    words = f"{BELOW[below]} bits=w4a8 method/grid={grid} method/solver={solver}"
+    words += " method.grid.group=8" if grid in FLOATS else ""
+    method: Method = build(compose.composed(words.split())["method"])
+    assert_sound(quantized(method, tmp_path))
+
+
+@pytest.mark.parametrize(
     "swap", [s if s[2:] == LEARNING[0][2:] else pytest.param(s, marks=pytest.mark.slow) for s in LEARNING], ids="-".join
 )
 def test_solvers_that_learn_compose_with_all_others(swap: tuple[str, ...], tmp_path: Path) -> None:
@@ -127,5 +150,4 @@ def assert_sound(view: ModelView) -> None:
         linear = view.linear(layer.name)
         assert linear.codes is not None and linear.path.act is not None
         decoded = linear.grid.decode(linear.codes, linear.params)
-        kept = 0 if linear.kept is None else linear.kept.shape[1]
-        assert torch.equal(linear.weight[:, : linear.weight.shape[1] - kept], decoded.to(linear.weight))
+        assert torch.equal(linear.weight, linear.assembled(decoded.to(linear.weight)))

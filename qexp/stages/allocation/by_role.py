@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qexp.core.errors import UserError
-from qexp.core.stages import Sensitivity
+from qexp.core.stages import Measures
 from qexp.core.words import FULL_BITS, Layer
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -33,7 +33,7 @@ class ByRole:
                 got = f"allocation.roles has {role}: {bits}"
                 raise UserError(got, f"one of {', '.join(ROLES)} with 2 to 8 bits", "method.allocation.roles={down: 8}")
 
-    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
+    def assign(self, layers: Iterable[Layer], measures: Measures) -> dict[str, int]:
         """Return bits by layer name."""
         return {layer.name: self._least(layer, self.bits) for layer in layers}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qexp.core.stages import Sensitivity
+from qexp.core.stages import Measures
 from qexp.core.words import FULL_BITS, Layer
 
 
@@ -16,7 +16,7 @@ class NoAllocation:
 
     version: ClassVar[int] = 1
 
-    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
+    def assign(self, layers: Iterable[Layer], measures: Measures) -> dict[str, int]:
         """Return 16 bits by layer name."""
         return {layer.name: FULL_BITS for layer in layers}
 

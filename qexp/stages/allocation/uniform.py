@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qexp.core.stages import Sensitivity
+from qexp.core.stages import Measures
 from qexp.core.words import Layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """The same ``bits`` everywhere; sensitivities are never asked for."""
+    """The same ``bits`` everywhere; damages are never asked for."""
 
     bits: int
 
     version: ClassVar[int] = 1
 
-    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
+    def assign(self, layers: Iterable[Layer], measures: Measures) -> dict[str, int]:
         """Return bits by layer name."""
         return {layer.name: self.bits for layer in layers}
 

@@ -1,0 +1,63 @@
+"""Squared gradients of the model's loss: how much each weight matters, once, before any block is quantized.
+
+F = mean over sequences of (d loss / d W)², loss the mean next-token cross-entropy of one sequence: the gradient of the
+whole sequence is squared, not that of each token. Sums are float32; what is kept is bfloat16, since only ratios count.
+A gradient is spent as soon as it is there, so that one layer's is in memory at a time.
+
+Source: arXiv:2306.07629 section 4.1; methods/squeezellm.md sections 3 and 5. Differs: sums in float32, where the
+official code adds in bfloat16 and loses small terms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexp.core.method import Method
+from qexp.engine.context import Run
+from qexp.engine.store import Finished
+from qexp.models.view import ModelView
+
+SEQUENCES = 100  # the paper's; its ablation is flat from 10 on
+
+
+def needs_fisher(method: Method) -> list[str]:
+    """Return which members of a recipe read squared gradients."""
+    members: dict[str, Any] = {"grid": method.grid}
+    members |= {f"transform {name}": transform for name, transform in method.transform.items()}
+    return [name for name, member in members.items() if "fisher" in member.needs]
+
+
+def take_fisher(view: ModelView, tokens: Tensor, method: Method, run: Run) -> None:
+    """Leave the squared gradients of all layers in the view, if the recipe reads them: computed once, kept on disk."""
+    if needs_fisher(method):
+        view.fisher = run.store.once("fisher", lambda: Finished(squared_gradients(view, tokens, run), {})).tensors
+
+
+def squared_gradients(view: ModelView, tokens: Tensor, run: Run) -> dict[str, Tensor]:
+    """Return F [O, I], bfloat16, by layer, from int64 tokens [N, S]."""
+    weights = {layer.name: view.linear(layer.name).weight for layer in view.layers}
+    sums = {name: torch.zeros(weight.shape, device=weight.device) for name, weight in weights.items()}
+
+    def spend(name: str) -> object:
+        def hook(weight: Tensor) -> None:
+            assert weight.grad is not None
+            sums[name] += weight.grad.float().square()
+            weight.grad = None
+
+        return hook
+
+    view.model.requires_grad_(False)
+    handles = [w.requires_grad_().register_post_accumulate_grad_hook(spend(name)) for name, w in weights.items()]
+    chosen = tokens[:SEQUENCES].to(view.model.device)
+    try:
+        with torch.enable_grad():
+            for ids in run.progress("squared gradients", chosen.split(1)):
+                view.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        view.model.requires_grad_(False)
+    return {name: (total / len(chosen)).bfloat16().cpu() for name, total in sums.items()}

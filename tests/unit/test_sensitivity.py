@@ -1,0 +1,157 @@
+"""Bits by sensitivity: the knapsack against brute force, the measures against what they estimate, whole runs.
+
+Source: methods/mixed_precision_lm.md section 6.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stage_members import member
+from toy_models import tokens, view_of
+from toy_recipes import a_run, recipe
+
+from qexp.core.errors import UserError
+from qexp.core.words import Layer
+from qexp.engine.blocks import quantize_blocks
+from qexp.engine.sensitivity import hessian_traces, measured
+from qexp.stages.allocation._shared_knapsack import exact, greedy, total
+
+IDS = tokens(4)
+tables = st.integers(1, 5).flatmap(
+    lambda units: st.lists(st.lists(st.floats(0, 9, width=32), min_size=3, max_size=3), min_size=units, max_size=units)
+)
+
+
+class Figures:
+    """Damages of a formula; each bit of a weight costs a bit."""
+
+    def __init__(self, damage: Any) -> None:
+        self.damage, self.told = damage, dict[str, float]()
+
+    def cost(self, layer: Layer, bits: int) -> float:
+        return float(bits)
+
+    def tell(self, name: str, value: float) -> None:
+        self.told[name] = value
+
+
+def layers(count: int = 6) -> list[Layer]:
+    roles = itertools.islice(itertools.cycle(("q", "k", "v", "o", "gate", "up", "down")), count)
+    return [Layer(f"layers.{i // 7}.{role}", role, i // 7, 16, 16) for i, role in enumerate(roles)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables, st.floats(0, 1))
+def test_the_program_is_the_best_of_all_and_greedy_is_not_below(damage: list[list[float]], share: float) -> None:
+    damage = [sorted(row, reverse=True) for row in damage]
+    cost = [[2.0 + u, 3.0 + u, 5.0 + 2 * u] for u in range(len(damage))]
+    budget = sum(row[0] for row in cost) + share * sum(row[2] - row[0] for row in cost)
+    best = min(
+        total(damage, chosen)
+        for chosen in itertools.product(range(3), repeat=len(damage))
+        if total(cost, chosen) <= budget + 1e-9
+    )
+    ours, theirs = exact(damage, cost, budget + 1e-9), greedy(damage, cost, budget + 1e-9)
+    assert total(cost, ours) <= budget + 1e-6 and total(cost, theirs) <= budget + 1e-6
+    assert total(damage, ours) == pytest.approx(best, abs=1e-5)
+    assert total(damage, theirs) >= best - 1e-5
+
+
+def test_more_budget_is_never_worse_and_all_of_it_is_everything() -> None:
+    damage = [[8.0 / (u + 1), 2.0 / (u + 1), 0.0] for u in range(6)]
+    cost = [[2.0, 4.0, 16.0]] * 6
+    found = [total(damage, exact(damage, cost, 6 * budget)) for budget in (2, 3, 4, 8, 12, 16)]
+    assert found == sorted(found, reverse=True) and found[-1] == 0
+
+
+def test_scaling_damages_changes_nothing_and_order_does_not_matter() -> None:
+    damage = [[5.0, 1.5, 0.1], [2.0, 1.9, 0.0], [9.0, 3.0, 1.0]]
+    cost = [[2.0, 3.0, 4.0]] * 3
+    chosen = exact(damage, cost, 9)
+    assert exact([[1e-7 * x for x in row] for row in damage], cost, 9) == chosen
+    assert exact(damage[::-1], cost, 9) == chosen[::-1]
+
+
+def test_the_closed_form_of_an_exponential_damage_is_found() -> None:
+    """Damage s 4^-b has its optimum at b = B + log2(s / geometric mean of s) / 2."""
+    sizes = {layer.name: 4.0**i for i, layer in enumerate(layers(5))}
+    allocation = member("allocation", "sensitivity", w=4, options=[2, 3, 4, 5, 6])
+    bits = allocation.assign(layers(5), Figures(lambda layer, b: sizes[layer.name] * 4.0**-b))
+    assert list(bits.values()) == [2, 3, 4, 5, 6]
+
+
+def test_ties_share_bits() -> None:
+    damage = lambda layer, b: (1 + len(layer.name) * ord(layer.role[0])) * 4.0**-b  # noqa: E731
+    one = member("allocation", "sensitivity", w=3, unit="input").assign(layers(7), Figures(damage))
+    names = {layer.role: layer.name for layer in layers(7)}
+    assert one[names["q"]] == one[names["k"]] == one[names["v"]] and one[names["gate"]] == one[names["up"]]
+    block = member("allocation", "sensitivity", w=3, unit="block").assign(layers(7), Figures(damage))
+    assert len(set(block.values())) == 1
+
+
+def test_a_budget_below_the_fewest_bits_is_refused() -> None:
+    with pytest.raises(UserError, match=r"2\.000 or more.*method\.allocation\.budget="):
+        member("allocation", "sensitivity", w=3, budget=1.5).assign(layers(), Figures(lambda _, b: 2.0**-b))
+
+
+def method(metric: str, **keys: Any) -> Any:
+    made = recipe(w=3)
+    allocation = member("allocation", "sensitivity", w=3, metric=metric, sequences=2, **keys)
+    return type(made)(**{**{name: getattr(made, name) for name in made.__dataclass_fields__}, "allocation": allocation})
+
+
+@pytest.mark.parametrize("metric", ["kl", "trace", "fisher", "output"])
+def test_every_metric_is_positive_and_falls_with_bits(metric: str, tmp_path: Path) -> None:
+    view = view_of("llama", torch.float32)
+    before = {layer.name: view.linear(layer.name).weight.clone() for layer in view.layers}
+    damages = measured(view, IDS, method(metric), a_run(tmp_path))
+    assert all(torch.equal(view.linear(name).weight, weight) for name, weight in before.items()), "nothing is changed"
+    assert list(damages) == [layer.name for layer in view.layers]
+    totals = [sum(row[bits] for row in damages.values()) for bits in (2, 3, 4, 6, 8)]
+    if metric != "trace":  # an untrained model is at no minimum: its Hessian may be anything
+        assert totals == sorted(totals, reverse=True)
+        assert all(value >= 0 for row in damages.values() for value in row.values()) and totals[-1] < 0.02 * totals[0]
+
+
+def test_the_trace_is_that_of_the_hessian(tmp_path: Path) -> None:
+    view = view_of("llama", torch.float64)
+    name = view.layers[-1].name
+    weight = view.linear(name).weight
+    few = IDS[:1, :6]
+
+    def loss(W: torch.Tensor) -> torch.Tensor:
+        answer = torch.func.functional_call(view.model, {f"{name}.weight": W}, (), {"input_ids": few, "labels": few})
+        return answer.loss
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        H = torch.autograd.functional.hessian(loss, weight.detach()).reshape(weight.numel(), -1)
+    estimates = []
+    for seed in range(6):
+        run = a_run(tmp_path)
+        run.seed = seed
+        estimates.append(hessian_traces(view, few, run)[name])
+    mean, spread = torch.tensor(estimates).mean(), torch.tensor(estimates).std() / 6**0.5
+    assert abs(float(mean - H.diagonal().sum())) < 4 * float(spread) + 1e-9
+
+
+def test_a_run_keeps_its_bits_and_a_resumed_one_does_not_measure_again(tmp_path: Path) -> None:
+    first, again = view_of("llama", torch.float32), view_of("llama", torch.float32)
+    made = method("output", budget=5.0)
+    quantize_blocks(first, IDS, made, a_run(tmp_path))
+    stamp = (tmp_path / "blocks" / "allocation.safetensors").stat().st_mtime_ns
+    quantize_blocks(again, IDS, made, a_run(tmp_path))
+    assert (tmp_path / "blocks" / "allocation.safetensors").stat().st_mtime_ns == stamp
+    assert first.allocation["bits"] == again.allocation["bits"] and len(set(first.allocation["bits"].values())) > 1
+    told = first.allocation["told"]
+    assert told["predicted/exact"] <= told["predicted/greedy"] + 1e-12 <= told["predicted/uniform"] + 2e-12
+    for layer in first.layers:
+        assert torch.equal(first.linear(layer.name).weight, again.linear(layer.name).weight)
+        assert first.linear(layer.name).grid.bits == first.allocation["bits"][layer.name]
+    assert 4.5 < told["bits_per_weight/exact"] <= 5.0 + 1e-6
