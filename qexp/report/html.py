@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _TITLES = {
     "pareto": "Quality over size",
     "blocks": "Error per block",
+    "allocation": "Bits of each layer, where they were measured",
     "inputs": "Inputs of the linears before and after",
     "losses": "Losses of what was learned",
     "activations": "Activations before and after",

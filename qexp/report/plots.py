@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qexp.report import blocks, inputs, learning, pareto, rows, surfaces
+from qexp.report import allocation, blocks, inputs, learning, pareto, rows, surfaces
 from qexp.report.record import Record
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
         drawn[f"pareto/{model}"] = pareto.draw(ours)
         for bits in dict.fromkeys(row.bits for row in ours):
             drawn[f"blocks/{model}/{bits}"] = blocks.draw([row for row in ours if row.bits == bits])
+    drawn |= allocation.figures(lines)
     drawn |= inputs.figures(lines)
     drawn |= learning.figures(lines)
     drawn |= surfaces.figures(lines)
