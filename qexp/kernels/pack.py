@@ -4,6 +4,8 @@ Eight b-bit codes fill b bytes, least significant bit first: code i of a group o
 the little-endian integer that these bytes spell. A last group that is not full is padded with zero codes: n codes take
 ceil(n / 8) b bytes. A group is built as one 64-bit word whose bytes are then viewed, on a little-endian host.
 
+Wide: records of integers of up to 62 bits, each with a width of its own, one after another without any gap.
+
 Canonical int4: byte j = element 2j in the low nibble and 2j + 1 in the high one, two's complement, -8..7.
 
 Source: kernels.md section 7.
@@ -11,8 +13,12 @@ Source: kernels.md section 7.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+WIDEST = 62
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -47,6 +53,43 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes.to(torch.uint8).flatten(-2)[..., :count]
 
 
+def pack_wide(records: Tensor, widths: Sequence[int]) -> Tensor:
+    """Pack records of unsigned integers, field f in ``widths[f]`` bits, least significant bit first.
+
+    Every integer is added to the 64-bit word where it begins and, what is cut off there, to the next one.
+
+    Shapes: records int64 [n, F] -> uint8 [ceil(n sum(widths) / 8)]. Raises: ValueError on a wrong dtype, width or code.
+    """
+    _check_widths(records, torch.int64, widths)
+    for values, bits in zip(records.unbind(1), widths, strict=True):
+        if values.numel() and (int(values.min()) < 0 or int(values.max()) >> bits):
+            raise ValueError(f"codes span {int(values.min())}..{int(values.max())}, expected {bits} unsigned bits")
+    total = len(records) * sum(widths)
+    words = torch.zeros(total // 64 + 2, dtype=torch.int64, device=records.device)
+    for values, place, shift in zip(records.unbind(1), *_places(len(records), widths, records.device), strict=True):
+        words.index_add_(0, place, values << shift)
+        words.index_add_(0, place + 1, (values >> 1) >> (63 - shift))  # shifts by 64 mean nothing
+    return words.view(torch.uint8)[: -(-total // 8)].clone()
+
+
+def unpack_wide(packed: Tensor, widths: Sequence[int], count: int) -> Tensor:
+    """Undo :func:`pack_wide`.
+
+    Shapes: packed uint8 [ceil(count sum(widths) / 8)] -> int64 [count, F]. Raises: ValueError on dtype, width, length.
+    """
+    _check_widths(packed, torch.uint8, widths)
+    total = count * sum(widths)
+    if packed.shape != (-(-total // 8),):
+        raise ValueError(f"packed is {tuple(packed.shape)}, expected {-(-total // 8)} bytes for {count} records")
+    words = torch.nn.functional.pad(packed, (0, 8 * (total // 64 + 2) - len(packed))).view(torch.int64)
+    fields = []
+    for bits, place, shift in zip(widths, *_places(count, widths, packed.device), strict=True):
+        low = (words[place] >> shift) & (((1 << (63 - shift)) << 1) - 1)  # without the sign that comes down
+        high = (words[place + 1] << (63 - shift)) << 1
+        fields.append((low | high) & ((1 << bits) - 1))
+    return torch.stack(fields, 1)
+
+
 def pack_int4(q: Tensor) -> Tensor:
     """Pack signed 4-bit values two to a byte.
 
@@ -71,3 +114,15 @@ def unpack_int4(packed: Tensor) -> Tensor:
 def _check(tensor: Tensor, bits: int) -> None:
     if tensor.dtype != torch.uint8 or not 1 <= bits <= 8:
         raise ValueError(f"got {tensor.dtype} and bits={bits}, expected uint8 and 1 to 8 bits")
+
+
+def _check_widths(tensor: Tensor, dtype: torch.dtype, widths: Sequence[int]) -> None:
+    if tensor.dtype != dtype or not all(1 <= bits <= WIDEST for bits in widths):
+        raise ValueError(f"got {tensor.dtype} and widths={list(widths)}, expected {dtype} and 1 to {WIDEST} bits")
+
+
+def _places(count: int, widths: Sequence[int], device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return of every field [F] the word [count] that each of its integers begins in, and the bit of that word."""
+    begins = torch.tensor([sum(widths[:f]) for f in range(len(widths))], device=device)
+    bit_FN = begins[:, None] + torch.arange(count, device=device) * sum(widths)
+    return (bit_FN // 64).unbind(0), (bit_FN % 64).unbind(0)

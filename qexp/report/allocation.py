@@ -18,11 +18,8 @@ PLACE = re.compile(r"\.(\d+)\.(?:.*\.)?(\w+)$")  # block, and the layer's own na
 
 def figures(lines: Sequence[Row]) -> dict[str, Figure]:
     """Return one figure for each row whose bits were measured, by name ``allocation/<model>/<row>``."""
-    found = {
-        f"allocation/{row.model}/{row.label}": told
-        for row in lines
-        if (told := row.runs[0].get("diagnostics", {}).get("allocation"))
-    }
+    every = {f"allocation/{row.model}/{row.label}": row.runs[0].get("diagnostics", {}) for row in lines}
+    found = {name: told["allocation"] for name, told in every.items() if told.get("allocation")}
     return {name: draw(told) for name, told in list(found.items())[:LIMIT]}
 
 

@@ -51,11 +51,12 @@ class ActivationRecord(TypedDict):
 
 
 class Diagnostics(TypedDict, total=False):
-    """Optional material for plots: ``inputs`` {layer, before, after} of figures, ``losses`` of learned transforms."""
+    """Optional material for plots: ``inputs`` {layer, before, after}, ``losses`` learned, ``allocation`` measured."""
 
     activations: list[ActivationRecord]
     inputs: list[dict[str, Any]]
     losses: dict[str, list[float]]
+    allocation: dict[str, Any]
 
 
 class Cost(TypedDict, total=False):

@@ -55,7 +55,7 @@ TUNERS = {
     "e2e_qp": "method/tuner=[e2e_qp]",
     "all": "method/tuner=[clip,norm_tweaking,e2e_qp] method.tuner.clip.training.steps=1",
 }
-TABLES = ("binary_coding", "power_of_two", "additive_power_of_two", "kmeans", "kmeans_fisher")
+TABLES = ("pyramid", "binary_coding", "power_of_two", "additive_power_of_two", "kmeans", "kmeans_fisher")
 FLOATS = ("mxfp4", "nvfp4", "nf4")
 BELOW = {
     "nothing": "method=rtn method/transform=[]",
@@ -122,7 +122,7 @@ def test_it_composes_and_runs(swap: tuple[str, ...], tmp_path: Path) -> None:
 def test_any_grid_goes_with_any_solver_under_any_transform(swap: tuple[str, ...], tmp_path: Path) -> None:
     grid, solver, below = swap
     words = f"{BELOW[below]} bits=w4a8 method/grid={grid} method/solver={solver}"
-    words += " method.grid.group=8" if grid in FLOATS else ""
+    words += " method.grid.group=8" if grid in FLOATS else " method.grid.dim=8" if grid == "pyramid" else ""
     method: Method = build(compose.composed(words.split())["method"])
     assert_sound(quantized(method, tmp_path))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qexp.kernels import quantize
-from qexp.kernels.pack import pack_codes, pack_int4, unpack_codes, unpack_int4
+from qexp.kernels.pack import pack_codes, pack_int4, pack_wide, unpack_codes, unpack_int4, unpack_wide
 from qexp.kernels.quantize import fake_quantize_groups, fake_quantize_per_token
 
 
@@ -51,6 +51,33 @@ def test_packing_refuses_what_it_cannot_hold() -> None:
         pack_codes(torch.tensor([0], dtype=torch.uint8), 9)
     with pytest.raises(ValueError, match="expected 6"):
         unpack_codes(torch.zeros(3, dtype=torch.uint8), 3, 9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 62), min_size=1, max_size=3), st.integers(0, 40), st.data())
+def test_wide_records_are_one_stream_of_bits(widths: list[int], count: int, data: st.DataObject) -> None:
+    records = [[data.draw(st.integers(0, 2**bits - 1)) for bits in widths] for _ in range(count)]
+    stream, at = 0, 0
+    for value, bits in ((value, bits) for record in records for value, bits in zip(record, widths, strict=True)):
+        stream |= value << at
+        at += bits
+    tensor = torch.tensor(records, dtype=torch.int64).view(count, len(widths))
+    packed = pack_wide(tensor, widths)
+    assert bytes(packed.tolist()) == stream.to_bytes(-(-at // 8), "little")
+    assert torch.equal(unpack_wide(packed, widths, count), tensor)
+
+
+def test_wide_packing_refuses_what_it_cannot_hold() -> None:
+    with pytest.raises(ValueError, match="expected 3 unsigned bits"):
+        pack_wide(torch.tensor([[8]]), [3])
+    with pytest.raises(ValueError, match="codes span -1"):
+        pack_wide(torch.tensor([[-1]]), [3])
+    with pytest.raises(ValueError, match="1 to 62 bits"):
+        pack_wide(torch.tensor([[1]]), [63])
+    with pytest.raises(ValueError, match=r"expected torch\.int64"):
+        pack_wide(torch.tensor([[1]], dtype=torch.int32), [3])
+    with pytest.raises(ValueError, match="expected 2 bytes"):
+        unpack_wide(torch.zeros(3, dtype=torch.uint8), [3], 4)
 
 
 @settings(max_examples=50, deadline=None)
