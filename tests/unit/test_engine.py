@@ -17,7 +17,7 @@ from toy_recipes import a_run, recipe
 
 from qexp.core.method import Method
 from qexp.core.rng import generator
-from qexp.core.stages import Sensitivity
+from qexp.core.stages import Measures
 from qexp.core.words import Layer, Quantized, Stats
 from qexp.engine import streams
 from qexp.engine.blocks import activate, quantize_blocks
@@ -89,7 +89,7 @@ class Mixed:
     full: Sequence[str]
     version = 1
 
-    def assign(self, layers: Iterable[Layer], sensitivity: Sensitivity) -> dict[str, int]:
+    def assign(self, layers: Iterable[Layer], measures: Measures) -> dict[str, int]:
         return {layer.name: 16 if layer.role in self.full else 4 for layer in layers}
 
 
