@@ -14,6 +14,7 @@ from qexp.core.linear import InputPath, QuantLinear
 from qexp.core.method import Method
 from qexp.core.stages import Transform
 from qexp.engine.context import Run, quiet
+from qexp.engine.fisher import take_fisher
 from qexp.engine.reconstruct import Scene
 from qexp.engine.solving import plan_of
 from qexp.engine.store import Store
@@ -68,6 +69,7 @@ def transform(view: ModelView, method: Method, ids: Tensor, seed: int = 0) -> Mo
     """Apply a recipe's transforms to the whole model, block by block as a run does, and round nothing."""
     with TemporaryDirectory() as folder:
         transform_model(view, method, seed, Learning(ids, Store(Path(folder), []), quiet))
+        take_fisher(view, ids, method, a_run(Path(folder)))
     plan = plan_of(view, method, seed)
     stream, kwargs = embed(view, ids)
     for block in range(len(view.blocks)):

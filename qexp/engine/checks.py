@@ -13,8 +13,7 @@ from qexp.core.method import Method
 from qexp.core.ranges import Uniform
 from qexp.core.stages import Transform
 from qexp.core.words import FULL_BITS
-from qexp.engine.fisher import needs_fisher
-from qexp.engine.wants import changes_norms, model_trainings, trainings
+from qexp.engine.wants import changes_norms, model_trainings, needs_fisher, trainings
 
 if TYPE_CHECKING:
     from qexp.models.view import ModelView  # transformers: seconds that a mistake in the recipe need not wait for

@@ -10,24 +10,16 @@ official code adds in bfloat16 and loses small terms.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from qexp.core.method import Method
 from qexp.engine.context import Run
 from qexp.engine.store import Finished
+from qexp.engine.wants import needs_fisher
 from qexp.models.view import ModelView
 
 SEQUENCES = 100  # the paper's; its ablation is flat from 10 on
-
-
-def needs_fisher(method: Method) -> list[str]:
-    """Return which members of a recipe read squared gradients."""
-    members: dict[str, Any] = {"grid": method.grid}
-    members |= {f"transform {name}": transform for name, transform in method.transform.items()}
-    return [name for name, member in members.items() if "fisher" in member.needs]
 
 
 def take_fisher(view: ModelView, tokens: Tensor, method: Method, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, NormFactors, RangeTuner, Trained
 from qexp.core.method import Method
@@ -41,6 +42,13 @@ def changes_norms(method: Method) -> bool:
     solver = method.solver
     tuned = any(isinstance(tuner, BlockTuner | NormFactors) for tuner in method.tuner.values())
     return tuned or (isinstance(solver, LearnedSolver) and solver.norms_rate(method.grid.bits) > 0)
+
+
+def needs_fisher(method: Method) -> list[str]:
+    """Return which members of a recipe read squared gradients."""
+    members: dict[str, Any] = {"grid": method.grid}
+    members |= {f"transform {name}": transform for name, transform in method.transform.items()}
+    return [name for name, member in members.items() if "fisher" in member.needs]
 
 
 def model_trainings(method: Method) -> dict[str, Training]:
