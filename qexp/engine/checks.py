@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ def check_method(method: Method, calibrated: bool) -> None:
     learned = trainings(method) | model_trainings(method)
     for key, training in learned.items():
         training.check(f"method.{key}.training")
+    _check_rates(method)
     _check_learners(method)
     members: list[Any] = [method.grid, method.solver, *method.transform.values()]
     members += [tuner for tuner in method.tuner.values() if isinstance(tuner, NormFactors)]
@@ -54,6 +56,16 @@ def check_method(method: Method, calibrated: bool) -> None:
             "calibration data",
             "calibration=generated",
         )
+
+
+def _check_rates(method: Method) -> None:
+    """Raise UserError for a rate of learning that is negative or no number; 0 learns nothing."""
+    members: dict[str, Any] = {f"transform.{name}": t for name, t in method.transform.items()}
+    members |= {"solver": method.solver, **{f"tuner.{name}": t for name, t in method.tuner.items()}}
+    for key, member in members.items():
+        for name, rate in vars(member).items():
+            if name.endswith("rate") and not (isinstance(rate, int | float) and 0 <= rate < math.inf):
+                raise UserError(f"method.{key}.{name}={rate}", "a number from 0 on", f"method.{key}.{name}=1.0e-4")
 
 
 def _check_learners(method: Method) -> None:
@@ -143,10 +155,17 @@ def check_model(view: ModelView, method: Method) -> None:
 
 
 def _check_options(view: ModelView, method: Method) -> None:
-    """Raise UserError where an allocation has options that the grid cannot take."""
-    for bits in getattr(method.allocation, "options", ()) if method.grid.bits < FULL_BITS else ():
-        for layer in (layer for layer in view.layers if bits < FULL_BITS):
+    """Raise UserError where an allocation has options that the grid cannot take, or a budget below all of them."""
+    from qexp.engine.sensitivity import Measured, Table
+
+    allocation = method.allocation
+    if not isinstance(allocation, Measured) or method.grid.bits >= FULL_BITS:
+        return
+    for bits in (bits for bits in allocation.options if bits < FULL_BITS):
+        for layer in view.layers:
             method.grid.for_layer(layer, bits).check(layer)
+    nothing = Table(method, {layer.name: dict.fromkeys(allocation.options, 0.0) for layer in view.layers})
+    allocation.assign(view.layers, nothing)
 
 
 def _check_learned(view: ModelView, method: Method) -> None:

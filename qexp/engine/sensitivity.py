@@ -24,6 +24,7 @@ from qexp.core.errors import UserError
 from qexp.core.learned import LearnedSolver
 from qexp.core.method import Method
 from qexp.core.rng import generator
+from qexp.core.stages import Allocation
 from qexp.core.words import FULL_BITS, Layer, Stats
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
@@ -40,7 +41,7 @@ Damages = dict[str, dict[int, float]]
 
 
 @runtime_checkable
-class Measured(Protocol):
+class Measured(Allocation, Protocol):
     """An allocation that asks for damages."""
 
     @property

@@ -20,6 +20,7 @@ from toy_recipes import a_run, recipe
 from qexp.core.errors import UserError
 from qexp.core.words import Layer
 from qexp.engine.blocks import quantize_blocks
+from qexp.engine.checks import check_method, check_model
 from qexp.engine.sensitivity import hessian_traces, measured
 from qexp.stages.allocation._shared_knapsack import exact, greedy, total
 
@@ -101,10 +102,19 @@ def test_a_budget_below_the_fewest_bits_is_refused() -> None:
         member("allocation", "sensitivity", w=3, budget=1.5).assign(layers(), Figures(lambda _, b: 2.0**-b))
 
 
+def test_a_budget_is_refused_before_anything_is_measured() -> None:
+    with pytest.raises(UserError, match=r"method\.allocation\.budget="):
+        check_model(view_of("llama", torch.float32), method("kl", budget=1.5))
+    with pytest.raises(UserError, match=r"method\.solver\.rate=-1.*a number from 0 on"):
+        made = recipe(w=3)
+        solver = member("solver", "signround", rate=-1.0)
+        check_method(type(made)(**{**vars(made), "solver": solver}), calibrated=True)
+
+
 def method(metric: str, **keys: Any) -> Any:
     made = recipe(w=3)
     allocation = member("allocation", "sensitivity", w=3, metric=metric, sequences=2, **keys)
-    return type(made)(**{**{name: getattr(made, name) for name in made.__dataclass_fields__}, "allocation": allocation})
+    return type(made)(**{**vars(made), "allocation": allocation})
 
 
 @pytest.mark.parametrize("metric", ["kl", "trace", "fisher", "output"])
