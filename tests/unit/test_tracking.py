@@ -77,7 +77,7 @@ def protobuf_records(run_folder: Path, block: int = 32768) -> Iterator[Any]:
             at += block - at % block
             continue
         _, size, kind = struct.unpack("<IHB", data[at : at + 7])
-        if kind == 0:
+        if kind == 0 or at + 7 + size > len(data):  # the writer has not come further yet
             break
         buffer = (b"" if kind in (1, 2) else buffer) + data[at + 7 : at + 7 + size]
         at += 7 + size
