@@ -19,8 +19,8 @@ from qexp.core.errors import UserError
 from qexp.engine.context import cache_folder
 from qexp.engine.packing import PLAIN, pack_model
 from qexp.eval.speed import Contender, Times, memory_bytes, time_rounds, workload
+from qexp.finished import load
 from qexp.kernels.ops import kernel_info
-from qexp.packed_run import load
 
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 OURS = "ours"

@@ -111,9 +111,13 @@ class QuantLinear(nn.Module):
 
     def left(self, W: Tensor | None = None) -> Tensor:
         """Return what of the weight (or of ``W`` [O, I]) is to be quantized: no kept column, no outlier."""
-        W = self.weight if W is None else W
-        W = W if self.sparse is None else self.sparse.cleared(W)
+        W = self.dense(W)
         return W[:, : W.shape[1] - self.path.kept]
+
+    def dense(self, W: Tensor | None = None) -> Tensor:
+        """Return the weight (or ``W`` [O, I]) without outliers, zeros in their place."""
+        W = self.weight if W is None else W
+        return W if self.sparse is None else self.sparse.cleared(W)
 
     def assembled(self, front: Tensor, W: Tensor | None = None) -> Tensor:
         """Return the weight [O, I], ``front`` for what is quantized; kept columns are its own, or those of ``W``."""

@@ -246,5 +246,5 @@ def _optimiser(knobs: Sequence[Knobs], training: Training) -> torch.optim.Optimi
     groups = [{"params": list(k.tensors), "lr": k.rate} for k in knobs]
     if training.optimizer == "sign_sgd":
         return SignSgd(groups)
-    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, weight_decay=training.decay)
+    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, betas=training.betas, weight_decay=training.decay, amsgrad=training.optimizer == "amsgrad")

@@ -14,23 +14,8 @@ import torch
 from torch import Tensor
 
 from qexp.core.maps import LinearMap
+from qexp.core.measures import Measures
 from qexp.core.words import Format, Insert, Layer, Outliers, Params, Quantized, Site, Split, Stats
-
-
-class Measures(Protocol):
-    """What an allocation may ask about a layer at some bits, and where it may say what it found."""
-
-    def damage(self, layer: Layer, bits: int) -> float:
-        """Return what quantizing this layer alone does to the model, by the allocation's own ``metric``."""
-        ...
-
-    def cost(self, layer: Layer, bits: int) -> float:
-        """Return the stored bits per weight."""
-        ...
-
-    def tell(self, name: str, value: float) -> None:
-        """Keep a figure for the record."""
-        ...
 
 
 class Sites(Protocol):

@@ -64,7 +64,7 @@ def unpack_linear(linear: QuantLinear, grid: Grid, tensors: Mapping[str, Tensor]
         shape, dtype = about["shape"], getattr(torch, about["dtype"])
         kept = [1, 1, *shape[2:]] if name in grid.shared else shape
         value = _restored(tensors[f"params.{name}"], grid.formats[name], kept).to(device, dtype)
-        params[name] = value.expand(shape).contiguous()
+        params[name] = value.expand(shape)  # one in memory where all rows share it: codebooks are large
     sparse = {name.removeprefix("sparse."): t for name, t in tensors.items() if name.startswith("sparse.")}
     linear.sparse = Sparse.unpacked(sparse, linear.in_features).to(device) if sparse else None
     kept_columns = tensors["kept"].to(linear.weight) if "kept" in tensors else None

@@ -30,9 +30,9 @@ class Training:
     (Norm Tweaking); ``skip_first``: without the first token of each sequence.
     ``epochs`` over the training sequences, or ``steps`` if not 0, each of ``batch`` sequences in micro-batches of
     ``micro`` (0: all at once); ``shuffle`` draws a new order for every epoch.
-    ``optimizer``: adam, adamw, sign_sgd; ``decay`` is the weight decay; ``schedule`` constant, cosine or linear down to
-    ``final`` times the rate after a ``warmup`` share of the steps; ``depth`` raises the rate of block l of L to
-    1 + depth l / L; ``clip_norm`` limits the norm of all gradients, 0 not.
+    ``optimizer``: adam, amsgrad, adamw (their ``betas``), sign_sgd; ``decay`` is the weight decay; ``schedule``
+    constant, cosine or linear down to ``final`` times the rate after a ``warmup`` share of the steps; ``depth`` raises
+    the rate of block l of L to 1 + depth l / L; ``clip_norm`` limits the norm of all gradients, 0 not.
     ``quantize_inputs``: with the recipe's activation and key/value quantizers on.
     ``held_out``: share of the sequences for choosing only; ``select`` best of them or last; ``floor``: rtn (plain
     rounding is a candidate, too) or none; measured every ``measure_every`` steps (0: every epoch); ``patience`` of so
@@ -52,6 +52,7 @@ class Training:
     micro: int
     shuffle: bool
     optimizer: str
+    betas: tuple[float, float]
     decay: float
     schedule: str
     final: float
@@ -72,7 +73,7 @@ class Training:
         for name, known in (
             ("student", ("q", "fp", "mix")),
             ("loss", ("mse", "nmse", "mean_var", "mean_std_sq")),
-            ("optimizer", ("adam", "adamw", "sign_sgd")),
+            ("optimizer", ("adam", "amsgrad", "adamw", "sign_sgd")),
             ("schedule", ("constant", "cosine", "linear")),
             ("select", ("best", "last")),
             ("floor", ("rtn", "none")),
@@ -80,6 +81,9 @@ class Training:
             choose(f"{key}.{name}", getattr(self, name), known, f"{key}.{name}")
         if not self.t1 + self.t2:
             raise UserError(f"{key}.t1=0 and t2=0", "a target to learn", f"{key}.t1=1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            got = f"{key}.betas={list(self.betas)}"
+            raise UserError(got, "two numbers from 0 to below 1", f"{key}.betas=[0.9,0.999]")
         for name, most in BOUNDS.items():
             value, least = getattr(self, name), int(name == "batch")
             if not least <= value <= most:

@@ -1,4 +1,4 @@
-"""Screen 2: the walk over the decoder blocks.
+"""Screen 2: the walk over the decoder blocks. In front of it bits and squared gradients are measured, where asked for.
 
 Two streams of hidden states travel along: behind the blocks that are quantized already, and as the float model has
 them, each only where the recipe reads it. A block is quantized in one order for every method: block-scope transforms,

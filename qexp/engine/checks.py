@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from qexp.core.decoding import BlockDecoder
 from qexp.core.errors import UserError, choose
 from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, NormFactors, RangeTuner, Trained
+from qexp.core.measures import Measured
 from qexp.core.method import Method
 from qexp.core.ranges import Uniform
-from qexp.core.stages import Transform
+from qexp.core.stages import Grid, Transform
 from qexp.core.words import FULL_BITS
 from qexp.engine.wants import changes_norms, model_trainings, needs_fisher, trainings
 
@@ -48,7 +50,7 @@ def check_method(method: Method, calibrated: bool) -> None:
     members: list[Any] = [method.grid, method.solver, *method.transform.values()]
     members += [tuner for tuner in method.tuner.values() if isinstance(tuner, NormFactors)]
     members += [method.act] if method.act.bits < FULL_BITS else []
-    needing = ["the allocation"] if hasattr(method.allocation, "metric") else []
+    needing = ["the allocation"] if isinstance(method.allocation, Measured) else []
     needing += [type(member).__name__ for member in members if member.needs & {"activations", "fisher"}] + list(learned)
     if needing and not calibrated:
         raise UserError(
@@ -68,12 +70,24 @@ def _check_rates(method: Method) -> None:
                 raise UserError(f"method.{key}.{name}={rate}", "a number from 0 on", f"method.{key}.{name}=1.0e-4")
 
 
+@runtime_checkable
+class Particular(Protocol):
+    """A solver that takes certain grids only."""
+
+    def check(self, grid: Grid) -> None:
+        """Raise UserError for a grid that it does not take."""
+
+
 def _check_learners(method: Method) -> None:
     """Raise UserError for members that learn and cannot do so together, or on this grid."""
     for name, tuner in method.tuner.items():
-        if not isinstance(tuner, RangeTuner | BlockTuner | NormFactors | ModelTuner):
+        if not isinstance(tuner, RangeTuner | BlockTuner | BlockDecoder | NormFactors | ModelTuner):
             got = f"tuner {name}, which is of none of the kinds in core/learned.py"
-            raise UserError(got, "ranges, norms, factors or decoding", "method/tuner=[]")
+            raise UserError(got, "ranges, norms, values, factors or decoding", "method/tuner=[]")
+        if isinstance(tuner, BlockDecoder):
+            tuner.check(method.grid)
+    if isinstance(method.solver, Particular):
+        method.solver.check(method.grid)
     spacing = [name for name, tuner in method.tuner.items() if isinstance(tuner, ModelTuner)]
     spacing += ["the solver"] if isinstance(method.solver, LearnedSolver) else []
     if spacing and not isinstance(method.grid, Uniform):
@@ -156,16 +170,34 @@ def check_model(view: ModelView, method: Method) -> None:
 
 def _check_options(view: ModelView, method: Method) -> None:
     """Raise UserError where an allocation has options that the grid cannot take, or a budget below all of them."""
-    from qexp.engine.sensitivity import Measured, Table
+    from qexp.engine.sensitivity import Table
 
     allocation = method.allocation
     if not isinstance(allocation, Measured) or method.grid.bits >= FULL_BITS:
         return
-    for bits in (bits for bits in allocation.options if bits < FULL_BITS):
-        for layer in view.layers:
-            method.grid.for_layer(layer, bits).check(layer)
+    if allocation.metric == "kl" and view.family is None:
+        got = f"allocation.metric=kl on {view.config.model_type}, whose norm and head are not described"
+        raise UserError(got, "a metric that needs no head", "method.allocation.metric=output")
+    options = [bits for bits in allocation.options if bits < FULL_BITS]
+    refused = {bits: error for bits in options if (error := _refusal(view, method, bits))}
+    taken = [bits for bits in allocation.options if bits not in refused]
+    if refused and not taken:
+        raise next(iter(refused.values()))
+    if refused:
+        got = f"allocation.options={options}, of which {type(method.grid).__name__} refuses {list(refused)}"
+        raise UserError(got, "bits that the grid has", f"method.allocation.options={taken}".replace(" ", ""))
     nothing = Table(method, {layer.name: dict.fromkeys(allocation.options, 0.0) for layer in view.layers})
     allocation.assign(view.layers, nothing)
+
+
+def _refusal(view: ModelView, method: Method, bits: int) -> UserError | None:
+    """Return why the grid cannot have so many bits in some layer."""
+    for layer in view.layers:
+        try:
+            method.grid.for_layer(layer, bits).check(layer)
+        except UserError as error:
+            return error
+    return None
 
 
 def _check_learned(view: ModelView, method: Method) -> None:

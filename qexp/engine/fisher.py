@@ -10,6 +10,9 @@ official code adds in bfloat16 and loses small terms.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -25,7 +28,25 @@ SEQUENCES = 100  # the paper's; its ablation is flat from 10 on
 def take_fisher(view: ModelView, tokens: Tensor, method: Method, run: Run) -> None:
     """Leave the squared gradients of all layers in the view, if the recipe reads them: computed once, kept on disk."""
     if needs_fisher(method):
-        view.fisher = run.store.once("fisher", lambda: Finished(squared_gradients(view, tokens, run), {})).tensors
+        view.fisher = fisher_of(view, tokens, run)
+
+
+def fisher_of(view: ModelView, tokens: Tensor, run: Run) -> dict[str, Tensor]:
+    """Return the squared gradients of all layers by name: taken once in a run."""
+    return run.store.once("fisher", lambda: Finished(squared_gradients(view, tokens, run), {})).tensors
+
+
+@contextmanager
+def requiring(view: ModelView, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Let gradients be taken of these weights, and of nothing else of the model."""
+    view.model.requires_grad_(False)
+    try:
+        for weight in weights:
+            weight.requires_grad_()
+        with torch.enable_grad():
+            yield
+    finally:
+        view.model.requires_grad_(False)
 
 
 def squared_gradients(view: ModelView, tokens: Tensor, run: Run) -> dict[str, Tensor]:
@@ -41,15 +62,13 @@ def squared_gradients(view: ModelView, tokens: Tensor, run: Run) -> dict[str, Te
 
         return hook
 
-    view.model.requires_grad_(False)
-    handles = [w.requires_grad_().register_post_accumulate_grad_hook(spend(name)) for name, w in weights.items()]
     chosen = tokens[:SEQUENCES].to(view.model.device)
-    try:
-        with torch.enable_grad():
+    with requiring(view, weights.values()):
+        handles = [weight.register_post_accumulate_grad_hook(spend(name)) for name, weight in weights.items()]
+        try:
             for ids in run.progress("squared gradients", chosen.split(1)):
                 view.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        view.model.requires_grad_(False)
+        finally:
+            for handle in handles:
+                handle.remove()
     return {name: (total / len(chosen)).bfloat16().cpu() for name, total in sums.items()}

@@ -114,13 +114,13 @@ def check_packable(method: Method) -> None:
     """Raise UserError, before anything heavy, for a grid of no uniform integers, or keys that no cache can hold."""
     check_cacheable(method)
     columns = 2 * method.grid.group if method.grid.group > 0 else 64
-    method.grid.check(Layer("a probe", "up", 0, 4, columns))
     if method.grid.bits < FULL_BITS and not is_uniform(method.grid):
         raise UserError(
             f"eval.speed on {type(method.grid).__name__}, which is no uniform integer grid",
             "an integer grid",
             "eval.speed=false or method/grid=integer",
         )
+    method.grid.check(Layer("a probe", "up", 0, 4, columns))
 
 
 def check_cacheable(method: Method) -> None:

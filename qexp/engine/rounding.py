@@ -33,7 +33,7 @@ def learn_roundings(
         return [], None
     roundings = {layer: _begin(plan, solver, layer, known.get(site)) for layer, site in layers.items()}
     before = {layer: rounding.quantized().codes for layer, rounding in roundings.items()}
-    parts = [_weights_part(plan, roundings)]
+    parts = [weights_part(plan, roundings)]
     rate = solver.norms_rate(min(plan.grids[layer.name].bits for layer in layers))
     if rate:
         parts.append(norms_part(plan, scene.block, rate))
@@ -58,7 +58,7 @@ def _begin(plan: Plan, solver: LearnedSolver, layer: Layer, stats: Stats | None)
     return solver.rounding(W_OI, seen, fitted_grid(plan, [layer.name]), rng)
 
 
-def _weights_part(plan: Plan, roundings: Mapping[Layer, Rounding]) -> Part:
+def weights_part(plan: Plan, roundings: Mapping[Layer, Rounding]) -> Part:
     """Return the roundings of all layers as one part: equal groups of tensors have one rate."""
     groups: dict[tuple[str, float], list[Tensor]] = {}
     for rounding in roundings.values():

@@ -1,7 +1,8 @@
 """What quantizing one layer alone does to the model: the figures that an allocation by sensitivity asks for.
 
 The float model is walked once, behind the transforms of model scope. In each block every layer is quantized at every
-option by the recipe's own grid and solver (one that learns is stood for by rounding to nearest), and measured:
+option by the recipe's own grid and solver (one that learns is stood for by rounding to nearest), activations in 16
+bits, and measured:
     output   tr(D H Dᵀ) / tr(W H Wᵀ), D the change of the weight, H = E[x xᵀ] of its input
     fisher   1/2 sum F D², F the mean squared gradient of the loss
     trace    1/2 (Tr(H_W) / n) |D|², H_W the Hessian of the loss, its trace by Hutchinson's estimate
@@ -13,22 +14,22 @@ Source: methods/mixed_precision_lm.md section 3.2.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qexp.core.errors import UserError
 from qexp.core.learned import LearnedSolver
+from qexp.core.measures import Measured
 from qexp.core.method import Method
+from qexp.core.ranges import sensed
 from qexp.core.rng import generator
-from qexp.core.stages import Allocation
 from qexp.core.words import FULL_BITS, Layer, Stats
 from qexp.engine.capture import observe
 from qexp.engine.context import Run
-from qexp.engine.fisher import squared_gradients
+from qexp.engine.fisher import fisher_of, requiring, take_fisher
 from qexp.engine.solving import quadratic
 from qexp.engine.store import Finished
 from qexp.engine.streams import advance, embed, hidden_states
@@ -38,26 +39,6 @@ log = logging.getLogger(__name__)
 
 PROBES = 20  # of Hutchinson's estimate, spread over the sequences
 Damages = dict[str, dict[int, float]]
-
-
-@runtime_checkable
-class Measured(Allocation, Protocol):
-    """An allocation that asks for damages."""
-
-    @property
-    def metric(self) -> str:
-        """Return what is measured: kl, trace, fisher or output."""
-        ...
-
-    @property
-    def options(self) -> Sequence[int]:
-        """Return the bits a layer may get."""
-        ...
-
-    @property
-    def sequences(self) -> int:
-        """Return on how many sequences."""
-        ...
 
 
 class Table:
@@ -91,7 +72,7 @@ def take_bits(view: ModelView, tokens: Tensor, method: Method, run: Run) -> None
         table = Table(method, measured(view, tokens, method, run))
         bits = method.allocation.assign(view.layers, table)
         facts = {"metric": allocation.metric, "bits": bits, "damages": table.damages, "told": table.told}
-        return Finished({"none": torch.zeros(0)}, facts)
+        return Finished({}, facts)
 
     view.allocation = run.store.once("allocation", make).facts
     counts = {b: sum(x == b for x in view.allocation["bits"].values()) for b in sorted(allocation.options)}
@@ -104,6 +85,7 @@ def measured(view: ModelView, tokens: Tensor, method: Method, run: Run) -> Damag
     asked: Any = method.allocation
     options = sorted({bits for bits in asked.options if bits < FULL_BITS})
     few = tokens[: asked.sequences]
+    take_fisher(view, tokens, method, run)
     weighing = _weighing(view, few, tokens, method, run)
     stream, kwargs = embed(view, tokens)
     judge = _Divergence(view, few, kwargs) if asked.metric == "kl" else None
@@ -129,6 +111,7 @@ def measured(view: ModelView, tokens: Tensor, method: Method, run: Run) -> Damag
 def _quantized(view: ModelView, method: Method, layer: Layer, bits: int, stats: Stats, seed: int) -> Tensor:
     """Return the weight of a layer as the recipe would quantize it."""
     grid, W_OI = method.grid.for_layer(layer, bits), view.linear(layer.name).weight.float()
+    grid = sensed(grid, view.fisher_of(layer.name)) if "fisher" in grid.needs else grid
     if isinstance(method.solver, LearnedSolver):
         params = grid.fit(W_OI, stats.H_II)
         return grid.decode(grid.encode(W_OI, params), params)
@@ -142,7 +125,7 @@ def _weighing(
     """Return what a change D of a layer's weight counts, by the metric."""
     asked: Any = method.allocation
     if asked.metric == "fisher":
-        fisher = squared_gradients(view, tokens, run)
+        fisher = fisher_of(view, tokens, run)
         return lambda layer, D, _: 0.5 * float((fisher[layer.name].to(D) * D.square()).sum())
     if asked.metric == "trace":
         traces = hessian_traces(view, few, run)
@@ -158,9 +141,6 @@ class _Divergence:
     """The divergence of next-token distributions where one layer has another weight."""
 
     def __init__(self, view: ModelView, tokens: Tensor, kwargs: list[dict[str, Any]]) -> None:
-        if view.family is None:
-            got = f"allocation.metric=kl on {view.config.model_type}, whose norm and head are not described"
-            raise UserError(got, "a metric that needs no head", "method.allocation.metric=output")
         self.view, self.kwargs = view, kwargs
         self.stream = [part[None] for batch in embed(view, tokens)[0] for part in batch]
         self.truth = [self._logs(x) for x in self._from(0)]
@@ -194,9 +174,7 @@ class _Divergence:
         family = self.view.described
         normed = self.view.model.get_submodule(family.final_norm)(x[0])
         logits = self.view.model.get_submodule(family.head)(normed).float()
-        cap = getattr(self.view.config, "final_logit_softcapping", None)
-        capped: Tensor = logits if cap is None else torch.tanh(logits / cap) * cap
-        return capped.log_softmax(-1)
+        return self.view.capped(logits).log_softmax(-1)
 
 
 def _kl(p: Tensor, q: Tensor) -> float:
@@ -210,19 +188,13 @@ def hessian_traces(view: ModelView, tokens: Tensor, run: Run) -> dict[str, float
     """
     weights = {layer.name: view.linear(layer.name).weight for layer in view.layers}
     found, rng = dict.fromkeys(weights, 0.0), generator(run.seed, "hessian traces")
-    view.model.requires_grad_(False)
-    try:
-        for weight in weights.values():
-            weight.requires_grad_()
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-            for probe in run.progress("Hessian traces", range(PROBES)):
-                ids = tokens[[probe % len(tokens)]].to(view.model.device)
-                loss = view.model(input_ids=ids, labels=ids, use_cache=False).loss
-                first = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-                signs = [torch.randint(2, g.shape, generator=rng).to(g) * 2 - 1 for g in first]
-                second = torch.autograd.grad(first, list(weights.values()), signs)
-                for name, sign, product in zip(weights, signs, second, strict=True):
-                    found[name] += float((sign * product).sum()) / PROBES
-    finally:
-        view.model.requires_grad_(False)
+    with requiring(view, weights.values()), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        for probe in run.progress("Hessian traces", range(PROBES)):
+            ids = tokens[[probe % len(tokens)]].to(view.model.device)
+            loss = view.model(input_ids=ids, labels=ids, use_cache=False).loss
+            first = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            signs = [torch.randint(2, g.shape, generator=rng).to(g) * 2 - 1 for g in first]
+            second = torch.autograd.grad(first, list(weights.values()), signs)
+            for name, sign, product in zip(weights, signs, second, strict=True):
+                found[name] += float((sign * product).sum()) / PROBES
     return found

@@ -1,7 +1,8 @@
 """Solve the layers of one input group: equal grids are stacked along rows and solved at once.
 
-Rows do not interact in any solver (each row has its own grid), so stacking q, k and v gives the identical codes with
-one factorisation and a third of the column loop. A grid with one range for the whole tensor is not stacked.
+Rows do not interact in any solver, so stacking q, k and v gives the identical codes with one factorisation and a third
+of the column loop, where each row has its own grid. One range for the whole tensor (group 0) is not stacked; the second
+scale of NVFP4 is that of the stack, as serving stacks share it among fused layers.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from qexp.core.linear import QuantLinear
+from qexp.core.measures import Measured, Measures
 from qexp.core.method import Method
 from qexp.core.ranges import sensed, within
 from qexp.core.rng import generator
-from qexp.core.stages import Grid, Measures, Solver
+from qexp.core.stages import Grid, Solver
 from qexp.core.words import FULL_BITS, Group, Layer, LayerReport, Quantized, Stats
 from qexp.engine.context import MicroBatches, Progress, quiet
 from qexp.kernels.gram import add_gram
@@ -49,7 +51,7 @@ def plan_of(view: ModelView, method: Method, seed: int, progress: Progress = qui
 
 def plain_bits(view: ModelView, method: Method) -> dict[str, int]:
     """Return bits by layer of an allocation that measures nothing; of one that does, before it has, the recipe's."""
-    if hasattr(method.allocation, "metric"):
+    if isinstance(method.allocation, Measured):
         return {layer.name: method.grid.bits for layer in view.layers}
     return method.allocation.assign(view.layers, cast("Measures", None))
 
@@ -69,8 +71,7 @@ def solve_group(plan: Plan, group: Group, stats: Stats | None) -> list[LayerRepo
 def _solve_stack(plan: Plan, stack: list[Layer], grid: Grid, stats: Stats | None) -> list[LayerReport]:
     linears = [plan.view.linear(layer.name) for layer in stack]
     kept = linears[0].path.kept  # their columns take up errors: the solver's helper wants them, too
-    parts = [(linear.weight if linear.sparse is None else linear.sparse.cleared(linear.weight)) for linear in linears]
-    W_OI, rng = torch.cat(parts).float(), generator(plan.seed, stack[0].name)
+    W_OI, rng = torch.cat([linear.dense() for linear in linears]).float(), generator(plan.seed, stack[0].name)
     cut = fitted_grid(plan, [layer.name for layer in stack])
     if kept:
         solved = solve_beside(plan.method.solver, W_OI, kept, stats, cut, rng)

@@ -1,5 +1,6 @@
-"""Training after rounding. Block scope: the norms of a block right after its layers; the next block sees the tuned one.
+"""Training after rounding. Block scope: norms and what decodes codes, right after a block's layers are quantized.
 
+The next block sees the tuned one.
 Model scope: what decodes the codes, end to end down the next token's loss, one block's graph at a time; the state of a
 killed run is on disk.
 """
@@ -16,18 +17,21 @@ import torch
 from torch import Tensor
 
 from qexp.core.absorb import InPlace
+from qexp.core.decoding import BlockDecoder
 from qexp.core.learned import BlockTuner, Made, ModelTuner, NormFactors, Rounding
+from qexp.core.linear import QuantLinear
 from qexp.core.maps import Diagonal
 from qexp.core.method import Method
 from qexp.core.minimise import Descent, Memory, Outcome, minimise
 from qexp.core.rng import generator
+from qexp.core.stages import Grid
 from qexp.core.training import Training
 from qexp.core.words import Insert, Quantized, Stats
 from qexp.engine.candidate import Candidate, quantizers
 from qexp.engine.context import Run
 from qexp.engine.learned_record import thinned
 from qexp.engine.reconstruct import Lesson, Scene, Story, reconstruct
-from qexp.engine.rounding import norms_of, put_norms
+from qexp.engine.rounding import norms_of, norms_part, put_norms, weights_part
 from qexp.engine.solving import Plan, plan_of
 from qexp.engine.store import Finished, read, write
 from qexp.engine.whole_model import NextToken
@@ -48,14 +52,16 @@ def before_rounding(plan: Plan, block: int) -> Before:
 
 @torch.no_grad()
 def tune_block(plan: Plan, scene: Scene, before: Before, seen: Mapping[str, Stats]) -> dict[str, Story]:
-    """Let the recipe's tuners change the norms of a quantized block; return how learning went by name.
+    """Let the recipe's tuners change a quantized block, all but its codes; return how learning went by name.
 
     ``before`` has the weights before rounding, ``seen`` the statistics by site.
     """
-    stories = {}
+    stories: dict[str, Story] = {}
     for name, tuner in plan.method.tuner.items():
         if isinstance(tuner, NormFactors):
             _rescale(plan, scene.block, tuner, before, seen)
+        if isinstance(tuner, BlockDecoder):
+            stories |= _learn_values(plan, scene, name, tuner)
         if not isinstance(tuner, BlockTuner):
             continue
         part = tuner.norms(norms_of(plan, scene.block))
@@ -63,6 +69,29 @@ def tune_block(plan: Plan, scene: Scene, before: Before, seen: Mapping[str, Stat
         put_norms(plan, stories[name].made.weights)
         plan.view.replays.clear()  # what finished layers have answered was behind the old norms
     return stories
+
+
+def _learn_values(plan: Plan, scene: Scene, name: str, tuner: BlockDecoder) -> dict[str, Story]:
+    """Let a tuner learn what decodes the codes of a block, and its norms."""
+    layers = [layer for layer in plan.view.layers_of(scene.block) if layer.name in plan.grids]
+    if not layers:
+        return {}
+    roundings = {layer: tuner.values(*_coded(plan.view.linear(layer.name))) for layer in layers}
+    parts = [weights_part(plan, roundings)]
+    if tuner.norm_rate:
+        parts.append(norms_part(plan, scene.block, tuner.norm_rate))
+    story = reconstruct(plan, scene, Lesson(name, tuner.training, parts))
+    for layer, rounding in roundings.items():
+        plan.view.linear(layer.name).install(plan.grids[layer.name], rounding.quantized())
+    put_norms(plan, story.made.weights)
+    plan.view.replays.clear()
+    return {name: story}
+
+
+def _coded(linear: QuantLinear) -> tuple[Quantized, Grid]:
+    """Return what a quantized layer is, and its grid."""
+    assert linear.grid is not None and linear.codes is not None
+    return Quantized(linear.codes, linear.params, linear.kept), linear.grid
 
 
 def _rescale(plan: Plan, block: int, tuner: NormFactors, before: Before, seen: Mapping[str, Stats]) -> None:
@@ -91,25 +120,32 @@ def tune_model(view: ModelView, tokens: Tensor, method: Method, run: Run) -> dic
         def make(name: str = name, tuner: ModelTuner = tuner) -> Finished:
             return _tuned(plan, tokens, name, tuner, run)
 
-        finished = run.store.once(f"tuned-{name}", make)
+        finished = run.store.once(tuned_key(name), make)
         for left in (run.folder / "blocks").glob(f"{name}.state.*"):
             left.unlink(missing_ok=True)  # it has served
-        for layer, params in finished.facts["params"].items():
-            linear = view.linear(layer)
-            assert linear.grid is not None and linear.codes is not None
-            decoding = {p: finished.tensors[f"{layer}.{p}"].to(linear.codes.device) for p in params}
-            linear.install(linear.grid, Quantized(linear.codes, decoding, linear.kept))
+        install_tuned(view, finished)
         losses[name] = finished.facts["losses"]
     return losses
 
 
+def tuned_key(name: str) -> str:
+    """Return the key in the store of what a tuner of model scope has made."""
+    return f"tuned-{name}"
+
+
+@torch.no_grad()
+def install_tuned(view: ModelView, finished: Finished) -> None:
+    """Put the parameters that decode the codes into every layer."""
+    for layer, params in finished.facts["params"].items():
+        linear = view.linear(layer)
+        own, grid = _coded(linear)
+        decoding = {p: finished.tensors[f"{layer}.{p}"].to(own.codes.device) for p in params}
+        linear.install(grid, Quantized(own.codes, decoding, own.kept))
+
+
 def _tuned(plan: Plan, tokens: Tensor, name: str, tuner: ModelTuner, run: Run) -> Finished:
     """Return the parameters of every quantized layer after training."""
-    decodings = {}
-    for layer in plan.grids:
-        linear = plan.view.linear(layer)
-        assert linear.grid is not None and linear.codes is not None
-        decodings[layer] = tuner.decoding(Quantized(linear.codes, linear.params, linear.kept), linear.grid)
+    decodings = {layer: tuner.decoding(*_coded(plan.view.linear(layer))) for layer in plan.grids}
     memory = _Disk(run, name)
     outcome = _descend(plan, NextToken(plan.view, tokens, run.folder), tuner.training, decodings, name, memory)
     if outcome.degraded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qexp.core.decoding import BlockDecoder
 from qexp.core.learned import BlockTuner, LearnedSolver, ModelTuner, NormFactors, RangeTuner, Trained
 from qexp.core.method import Method
 from qexp.core.training import Training
@@ -33,7 +34,7 @@ def trainings(method: Method) -> dict[str, Training]:
     """Return the settings of everything that is learned block by block, by the key of its member."""
     found = {f"transform.{n}": t.training for n, t in method.transform.items() if isinstance(t, Trained)}
     found |= {"solver": method.solver.training} if isinstance(method.solver, LearnedSolver) else {}
-    tuners = {n: t for n, t in method.tuner.items() if isinstance(t, RangeTuner | BlockTuner)}
+    tuners = {n: t for n, t in method.tuner.items() if isinstance(t, RangeTuner | BlockTuner | BlockDecoder)}
     return found | {f"tuner.{n}": t.training for n, t in tuners.items()}
 
 
@@ -41,6 +42,7 @@ def changes_norms(method: Method) -> bool:
     """Return whether norms change behind the moment at which inputs are calibrated."""
     solver = method.solver
     tuned = any(isinstance(tuner, BlockTuner | NormFactors) for tuner in method.tuner.values())
+    tuned |= any(isinstance(tuner, BlockDecoder) and tuner.norm_rate > 0 for tuner in method.tuner.values())
     return tuned or (isinstance(solver, LearnedSolver) and solver.norms_rate(method.grid.bits) > 0)
 
 

@@ -98,10 +98,6 @@ class NextToken:
             total += float(self._loss(None, x, self.tokens[i].to(x.device))) / len(chosen)
         return total
 
-    def _capped(self, logits: Tensor) -> Tensor:
-        cap = getattr(self.view.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
     def _head(self, turn: LinearMap | None, x: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         """Return the loss and its gradient at what leaves the last block; one sequence of logits at a time."""
         total, gradients = 0.0, list[Tensor]()
@@ -123,7 +119,7 @@ class NextToken:
         bias = None if head.bias is None else head.bias.to(x.dtype)
         normed = functional_call(norm, {n: p.to(x.dtype) for n, p in norm.named_parameters()}, (x,))
         logits = linear(normed[0, :-1].to(x.dtype), W.to(x.dtype), bias)
-        return cross_entropy(self._capped(wide(logits)), ids[1:])
+        return cross_entropy(self.view.capped(wide(logits)), ids[1:])
 
 
 class ModelObjective:

@@ -1,8 +1,8 @@
-"""Small floating-point numbers: their values, rounding to them, and the power-of-two scales of MX blocks.
+"""Small numbers: floats and other tables of values, rounding to them, and the scales of blocks of them.
 
-An element is sign, exponent and mantissa (FP4 e2m1, FP6 e2m3 and e3m2, FP8 e4m3 and e5m2) or a table (NF4). Codes are
-bit patterns, sign first. Rounding is to nearest, ties to the even mantissa, beyond the largest value saturates; -0, NaN
-and infinity are never written.
+An element is sign, exponent and mantissa (FP4 e2m1, FP6 e2m3 and e3m2, FP8 e4m3 and e5m2), signed magnitudes (powers of
+two), or a table (NF4). Codes are bit patterns, sign first. Rounding is to nearest, ties to the even code, beyond the
+largest value saturates; -0, NaN and infinity are never written.
 
 Source: OCP Microscaling Formats v1.0; arXiv:2209.05433; NF4: arXiv:2305.14314 appendix E; methods/fp_formats.md.
 """
@@ -24,9 +24,9 @@ LEAST_E4M3 = 2.0**-9
 NF4_OFFSET = 0.9677083  # of the quantiles: arXiv:2305.14314, (1 - 1/32 + 1 - 1/30) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Element:
-    """The values [L] of a small float, rising, their ``codes``, and the points ``between`` them, by dtype of x."""
+    """The values [L], float64 rising, their ``codes``, and between which two [L - 1] a tie goes up."""
 
     bits: int
     mantissa: int
@@ -46,23 +46,30 @@ class Element:
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the codes of the nearest values, uint8, same shape."""
-        values, codes = self.values.to(x), self.codes.to(x.device)
-        between = (values[1:] + values[:-1]) / 2
-        between = torch.where(self.up_at_tie.to(x.device), torch.nextafter(between, between - 1), between)
+        between, codes, _ = _tables(self, x.dtype, x.device)
         return codes[torch.bucketize(x, between)]
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values of codes; NaN for patterns that are no number."""
-        table = torch.full((1 << self.bits,), torch.nan, dtype=dtype, device=codes.device)
-        table[self.codes.long().to(codes.device)] = self.values.to(table)
-        if self.mantissa:
-            table[1 << (self.bits - 1)] = 0  # -0
-        values: Tensor = table[codes.long()]
+        values: Tensor = _tables(self, dtype, codes.device)[2][codes.long()]
         return values
 
     def round(self, x: Tensor) -> Tensor:
         """Return the nearest values in the dtype of x."""
         return self.decode(self.encode(x), x.dtype)
+
+
+@cache
+def _tables(kind: Element, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the points between values, the codes of values, and the values of codes, where they are wanted."""
+    values, codes = kind.values.to(device, dtype), kind.codes.to(device)
+    between = (values[1:] + values[:-1]) / 2
+    between = torch.where(kind.up_at_tie.to(device), torch.nextafter(between, between - 1), between)
+    table = torch.full((1 << kind.bits,), torch.nan, dtype=dtype, device=device)
+    if (kind.values == 0).any():
+        table[1 << (kind.bits - 1)] = 0  # -0, unless it is a value of its own
+    table[codes.long()] = values
+    return between, codes, table
 
 
 @cache
@@ -74,12 +81,15 @@ def element(name: str) -> Element:
     magnitude = torch.arange((1 << (exponents + mantissa)) - none)
     exponent, fraction = magnitude >> mantissa, (magnitude & ((1 << mantissa) - 1)).double() / (1 << mantissa)
     normal = torch.where(exponent > 0, 1 + fraction, 2 * fraction)
-    values = torch.ldexp(normal, exponent - bias)
-    bits = 1 + exponents + mantissa
-    sign = 1 << (bits - 1)
-    both, codes = torch.cat([-values.flip(0)[:-1], values]), torch.cat([magnitude.flip(0)[:-1] + sign, magnitude])
-    even = (codes & 1) == 0
-    return Element(bits, mantissa, both, codes.to(torch.uint8), even[1:])
+    return signed(torch.ldexp(normal, exponent - bias), 1 + exponents + mantissa, mantissa)
+
+
+def signed(magnitudes: Tensor, bits: int, mantissa: int = 0) -> Element:
+    """Return the element of these magnitudes, rising, and their negatives; codes are the sign bit and their numbers."""
+    numbers, has_zero = torch.arange(len(magnitudes)), int(magnitudes[0] == 0)
+    codes = torch.cat([numbers[has_zero:].flip(0) + (1 << (bits - 1)), numbers])
+    values = torch.cat([-magnitudes[has_zero:].flip(0), magnitudes])
+    return Element(bits, mantissa, values, codes.to(torch.uint8), (codes[1:] & 1) == 0)
 
 
 def _table(bits: int, values: Tensor) -> Element:
@@ -133,6 +143,11 @@ def mx_scale(x: Tensor, kind: Element, rule: str) -> Tensor:
     return best
 
 
+def round_scales(scales: Tensor) -> Tensor:
+    """Return scales > 0 in e4m3: the nearest, and the least above zero in place of zero."""
+    return element("e4m3").round(scales).clamp(min=LEAST_E4M3)
+
+
 def block_scales(x: Tensor, kind: Element, scale: str, rule: str) -> Tensor:
     """Return the scales [..., G] of blocks x [..., G, block]: in e8m0, in e4m3 times one of the row, or exact."""
     if scale == "e8m0":
@@ -140,9 +155,8 @@ def block_scales(x: Tensor, kind: Element, scale: str, rule: str) -> Tensor:
     exact = absmax_scale(x.abs().amax(-1), kind)
     if scale != "e4m3":
         return exact
-    levels = element("e4m3")
-    whole = absmax_scale(x.abs().amax((-2, -1), keepdim=True).squeeze(-1), kind) / levels.top
-    return levels.round(exact / whole).clamp(min=LEAST_E4M3) * whole
+    whole = absmax_scale(x.abs().amax((-2, -1), keepdim=True).squeeze(-1), kind) / element("e4m3").top
+    return round_scales(exact / whole) * whole
 
 
 def fake_quantize_floats(x: Tensor, name: str, group: int, scale: str, rule: str) -> Tensor:
@@ -154,6 +168,6 @@ def fake_quantize_floats(x: Tensor, name: str, group: int, scale: str, rule: str
     kind, wide = element(name), x if x.dtype == torch.float64 else x.float()
     blocks = wide.detach().unflatten(-1, (-1, group if group > 0 else x.shape[-1]))
     scales = block_scales(blocks, kind, scale, rule)[..., None]
-    rounded = (kind.round(blocks / scales) * scales).flatten(-2)
-    rounded = torch.where(wide.isfinite(), rounded, torch.nan)
+    sound = blocks.isfinite().all(-1, keepdim=True)
+    rounded = torch.where(sound, kind.round(blocks / scales) * scales, torch.nan).flatten(-2)
     return (wide + (rounded - wide).detach() if x.requires_grad else rounded).to(x.dtype)

@@ -73,6 +73,11 @@ class ModelView:
             )
         return self.family
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Return logits as the model caps them, if it does (Gemma 2)."""
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     def fisher_of(self, name: str) -> Tensor:
         """Return the mean squared gradients [O, I] of a layer's weight, float32."""
         assert name in self.fisher, f"squared gradients of {name}, which nobody has taken"

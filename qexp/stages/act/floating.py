@@ -16,9 +16,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qexp.core.errors import UserError, choose
+from qexp.core.errors import UserError
+from qexp.core.small_floats import check_floats
 from qexp.core.words import FULL_BITS, Params
-from qexp.kernels.floats import ELEMENTS, RULES, fake_quantize_floats
+from qexp.kernels.floats import fake_quantize_floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +37,7 @@ class FloatingAct:
 
     def __post_init__(self) -> None:
         """Raise UserError for settings that mean nothing."""
-        choose("act.scale", self.scale, ("float32", "e8m0", "e4m3"), "method.act.scale")
-        choose("act.rule", self.rule, RULES, "method.act.rule")
-        for name in self.elements.values():
-            choose("act.elements", name, ELEMENTS, "method.act.elements")
-        if self.bits not in self.elements and self.bits != FULL_BITS:
-            has = " or ".join(str(bits) for bits in self.elements)
-            raise UserError(f"floats of {self.bits} bits for activations", has, f"bits.act={min(self.elements)}")
+        check_floats("act", self, ("float32", "e8m0", "e4m3"))
         if self.group < 1 and self.group != -1:
             raise UserError(f"act.group={self.group}", "a number of channels, or -1", "method.act.group=32")
 

@@ -1,7 +1,8 @@
 """One option for each unit, the least total damage, at most so much cost: the multiple-choice knapsack.
 
-Exact as an integer program (HiGHS, by scipy), and greedy for comparison: from the cheapest options on, always the step
-that takes off most damage for its cost, of any length, so that options which no hull point is do not stop it.
+As an integer program (HiGHS, by scipy), exact to 1e-6 of what greedy leaves; and greedy for comparison: from the
+cheapest options on, always the step that takes off most damage for its cost, of any length, so that options which no
+hull point is do not stop it.
 
 Source: methods/mixed_precision_lm.md section 3.3.
 """
@@ -23,15 +24,22 @@ def exact(damage: Table, cost: Table, budget: float) -> list[int]:
     from scipy.sparse import csr_matrix
 
     units, options = len(damage), len(damage[0])
-    scale = max((abs(value) for row in damage for value in row), default=1.0) or 1.0  # its tolerances are absolute
+    start = greedy(damage, cost, budget)
+    scale = total(damage, start) or 1.0  # the solver's tolerances are absolute: one is what is to be improved
     values = np.asarray(damage, dtype=float).ravel() / scale
-    prices = np.asarray(cost, dtype=float).ravel()
+    fits = values <= 1 + 1e-9  # an option worse than all that greedy leaves is in no better answer
+    prices = np.asarray(cost, dtype=float).ravel() / (budget or 1.0)
     one = csr_matrix(np.kron(np.eye(units), np.ones(options)))
-    limits = [LinearConstraint(one, 1, 1), LinearConstraint(prices[None], -np.inf, budget)]
-    found = milp(values, constraints=limits, integrality=np.ones(len(values)), bounds=Bounds(0, 1))
+    limits = [LinearConstraint(one, 1, 1), LinearConstraint(prices[None], -np.inf, 1.0)]
+    found = milp(
+        np.where(fits, values, 0), constraints=limits, integrality=np.ones(len(values)), bounds=Bounds(0, fits),
+        options={"mip_rel_gap": 1e-6},
+    )  # fmt: skip
     if found.x is None:
         raise NumericalError(f"the integer program of the allocation failed: {found.message}")
-    return [int(row.argmax()) for row in found.x.reshape(units, options)]
+    best = [int(row.argmax()) for row in found.x.reshape(units, options)]
+    better = total(damage, best) < total(damage, start) and total(cost, best) <= budget
+    return best if better else start
 
 
 def greedy(damage: Table, cost: Table, budget: float) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qexp.core.errors import UserError
-from qexp.core.stages import Measures
+from qexp.core.measures import Measures
 from qexp.core.words import FULL_BITS, Layer
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")

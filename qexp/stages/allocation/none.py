@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qexp.core.stages import Measures
+from qexp.core.measures import Measures
 from qexp.core.words import FULL_BITS, Layer
 
 

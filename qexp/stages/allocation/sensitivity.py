@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import ClassVar
 
 from qexp.core.errors import UserError, choose
-from qexp.core.stages import Measures
+from qexp.core.measures import Measures
 from qexp.core.words import Layer
 from qexp.stages.allocation import _shared_knapsack as knapsack
 
@@ -31,6 +31,7 @@ FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 class SensitivityAllocation:
     """``budget`` is in stored bits per weight, scales and tables included; 0: what ``bits`` everywhere would take.
 
+    What transforms of block scope keep out of quantization (outliers) comes on top: it is not known before the walk.
     ``sequences`` of the calibration data are measured on, where the metric is kl or trace.
     """
 

@@ -49,7 +49,7 @@ def check_ratios(least: float, most: float, step: float) -> None:
 
 def ratios(least: float, most: float, step: float) -> list[float]:
     """Return the ratios from least to most."""
-    return [least + i * step for i in range(int((most - least) / step + 1.5))]
+    return [least + i * step for i in range(int((most - least) / step + 1e-6) + 1)]
 
 
 def diagonal(H_JJ: Tensor | None, W_OJ: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 ENCODERS = ("greedy", "project")
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # encoded at once: what stays in a core's cache, or fills a GPU
 SLACK = 2.0**-16  # relative: a point of the lattice, computed a little too short, still rounds down to itself
 
 

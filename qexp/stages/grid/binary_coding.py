@@ -77,7 +77,9 @@ class BinaryCoding:
         h_J = common.diagonal(H_JJ if self.weights == "hessian" else None, W_OJ)
         x_Ng, h_Ng = W_OGg.flatten(0, 1), common.slices(h_J[None], self.group).expand_as(W_OGg).flatten(0, 1)
         rows = max(1, CHUNK_ELEMENTS // max(len(binary.codes(self.fine_bits, self.bits)), x_Ng.shape[1]))
-        made = [self._search(x.double(), h.double()) for x, h in zip(x_Ng.split(rows), h_Ng.split(rows), strict=True)]
+        found = binary.codes(self.fine_bits, self.bits).to(x_Ng.device, torch.float64)
+        levels, parts = binary.snapped(found, self.fine_bits), zip(x_Ng.split(rows), h_Ng.split(rows), strict=True)
+        made = [self._search(x.double(), h.double(), found, levels) for x, h in parts]
         offset, plane = (torch.cat(parts).half().to(W_OJ) for parts in zip(*made, strict=True))
         return {"offset": offset.view(W_OGg.shape[:2]), "plane": plane.view(*W_OGg.shape[:2], -1)}
 
@@ -100,10 +102,8 @@ class BinaryCoding:
         signs = binary.patterns(plane.shape[-1], plane) * 2 - 1
         return params["offset"][..., None] + (plane[..., None, :] * signs).sum(-1)
 
-    def _search(self, x_Ng: Tensor, h_Ng: Tensor) -> tuple[Tensor, Tensor]:
+    def _search(self, x_Ng: Tensor, h_Ng: Tensor, candidates: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the offset [N] and planes [N, m] of the best code of each slice, at the best of all ratios."""
-        candidates = binary.codes(self.fine_bits, self.bits).to(x_Ng)
-        levels = binary.snapped(candidates, self.fine_bits)
         top, low, high = (1 << self.fine_bits) - 1, x_Ng.amin(1).clamp(max=0), x_Ng.amax(1).clamp(min=0)
         plain = torch.where(high > low, (high - low) / top, 1)
         least, best = torch.full_like(plain, torch.inf), x_Ng.new_zeros(len(x_Ng), candidates.shape[1])

@@ -3,7 +3,7 @@
 w ≈ s v, v one of the element's values. Scales by ``scale``:
     float32, float16   s = a / top                                 FP8 per channel, NF4 (a = largest magnitude)
     e8m0               s = 2^e, e by ``rule``                      MX: blocks of 32
-    e4m3               s = e4m3(a G / top) / G, G = 448 top / A    NVFP4: blocks of 16, A of the whole weight
+    e4m3               s = e4m3(a G / top) / G, G = 448 top / A    NVFP4: blocks of 16, A of all that is fitted at once
 Floats are denser near zero: they take heavy tails better than integers, and Gaussian (rotated) weights worse.
 
 Source: OCP Microscaling Formats v1.0 section 6; arXiv:2209.05433; NVFP4: methods/fp_formats.md; NF4: arXiv:2305.14314.
@@ -18,15 +18,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qexp.core.errors import UserError, choose
-from qexp.core.words import FULL_BITS, Format, Layer, Params
-from qexp.kernels.floats import ELEMENTS, RULES, Element, absmax_scale, element, mx_scale
+from qexp.core.small_floats import check_floats
+from qexp.core.words import Format, Layer, Params
+from qexp.kernels.floats import Element, absmax_scale, element, mx_scale, round_scales
 from qexp.stages.grid import _shared as common
 from qexp.stages.grid._shared_scale import check_scale, stored_scale
 
 SCALES = {"float32": 32, "float16": 16, "e8m0": 8, "e4m3": 8}
 DTYPES = {"e8m0": "float8_e8m0fnu", "e4m3": "float8_e4m3fn"}
-LEAST_E4M3 = 2.0**-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,8 @@ class Floating:
     @property
     def formats(self) -> Mapping[str, Format]:
         """Return the dtypes of scales."""
-        return {"scale": DTYPES.get(self.scale, self.scale), "tensor": "float32"}
+        whole: dict[str, Format] = {"tensor": "float32"} if self.scale == "e4m3" else {}
+        return {"scale": DTYPES.get(self.scale, self.scale), **whole}
 
     @property
     def shared(self) -> frozenset[str]:
@@ -62,14 +62,7 @@ class Floating:
 
     def check(self, layer: Layer) -> None:
         """Raise UserError for settings that mean nothing or a shape that does not fit."""
-        choose("grid.scale", self.scale, SCALES, "method.grid.scale")
-        choose("grid.rule", self.rule, RULES, "method.grid.rule")
-        for name in self.elements.values():
-            choose("grid.elements", name, ELEMENTS, "method.grid.elements")
-        if self.bits not in self.elements and self.bits != FULL_BITS:
-            has = " or ".join(str(bits) for bits in self.elements)
-            override = f"bits.weight={min(self.elements)}"
-            raise UserError(f"a grid of floats with {self.bits} bits", f"{has} bits", override)
+        check_floats("grid", self, SCALES)
         common.check_sliced(self.bits, self.group, layer, key="method.grid.group")
 
     def fit(self, W_OJ: Tensor, H_JJ: Tensor | None) -> Params:
@@ -111,7 +104,6 @@ class Floating:
 
     def _two_levels(self, absmax_OG: Tensor) -> Params:
         """Return scales in e4m3 and what multiplies all of them, so that the largest is 448."""
-        scales = element("e4m3")
-        tensor = (absmax_scale(absmax_OG.amax(), self._element) / scales.top).float().to(absmax_OG)
-        kept = scales.round(absmax_OG / (self._element.top * tensor)).clamp(min=LEAST_E4M3)
+        tensor = (absmax_scale(absmax_OG.amax(), self._element) / element("e4m3").top).float().to(absmax_OG)
+        kept = round_scales(absmax_OG / (self._element.top * tensor))
         return {"scale": kept, "tensor": tensor.expand_as(kept).contiguous()}

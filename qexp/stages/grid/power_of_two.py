@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qexp.core.errors import UserError, choose
 from qexp.core.words import Format, Layer, Params
+from qexp.kernels.floats import Element, signed
 from qexp.stages.grid import _shared as common
 from qexp.stages.grid import _shared_search as search
 from qexp.stages.grid._shared_scale import check_scale, stored_scale
@@ -59,6 +60,11 @@ class PowerOfTwo:
         """Return "activations" if the search weighs errors with the Hessian."""
         return frozenset({"activations"} if self.range == "diag_h" else ())
 
+    @property
+    def settled(self) -> bool:
+        """Return whether scales are powers of two: no number between them will do."""
+        return self.pow2
+
     def for_layer(self, layer: Layer, bits: int) -> PowerOfTwo:
         """Return this grid at ``bits``."""
         return replace(self, bits=bits)
@@ -86,24 +92,22 @@ class PowerOfTwo:
 
     def encode(self, W_OJ: Tensor, params: Params) -> Tensor:
         """Return the nearest codes, uint8 [O, J]: the sign, then the number of the magnitude."""
-        values, codes = _levels(self.levels, self.bits)
-        values = values.to(W_OJ)
         scale = torch.where(params["scale"] == 0, 1, params["scale"])
-        x = W_OJ.reshape(*scale.shape, -1) / scale[..., None]
-        between = (values[1:] + values[:-1]) / 2
-        between[between == 0] = -torch.finfo(x.dtype).tiny  # the sign of zero is plus
-        return codes.to(x.device)[torch.bucketize(x, between)].reshape(W_OJ.shape)
+        return self._element.encode(W_OJ.reshape(*scale.shape, -1) / scale[..., None]).reshape(W_OJ.shape)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Return scale times level [O, J] in the dtype of the scale."""
-        scale, (values, numbers) = params["scale"], _levels(self.levels, self.bits)
-        table = torch.zeros(1 << self.bits, dtype=scale.dtype, device=scale.device)
-        table[numbers.long().to(scale.device)] = values.to(scale)
-        return (table[codes.long()].reshape(*scale.shape, -1) * scale[..., None]).reshape(codes.shape)
+        scale = params["scale"]
+        levels = self._element.decode(codes, scale.dtype).reshape(*scale.shape, -1)
+        return (levels * scale[..., None]).reshape(codes.shape)
 
     def cost(self, outputs: int, inputs: int) -> float:
         """Return bits per weight: the code, and the scale of its slice."""
         return self.bits + 16 / common.columns(self, outputs, inputs)
+
+    @property
+    def _element(self) -> Element:
+        return element(self.levels, self.bits)
 
     def _rounded(self, W_OGg: Tensor, ends: search.Range) -> Tensor:
         """Return slices rounded to the levels of these ranges."""
@@ -117,13 +121,9 @@ class PowerOfTwo:
 
 
 @cache
-def _levels(kind: str, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the levels [L], float64 rising, and their codes: sign bit, then the number of the magnitude."""
-    magnitudes = torch.tensor(sorted(_magnitudes(kind, bits)), dtype=torch.float64)
-    numbers, has_zero = torch.arange(len(magnitudes)), int(magnitudes[0] == 0)
-    below, sign = magnitudes[has_zero:].flip(0), 1 << (bits - 1)
-    codes = torch.cat([numbers[has_zero:].flip(0) + sign, numbers])
-    return torch.cat([-below, magnitudes]), codes.to(torch.uint8)
+def element(kind: str, bits: int) -> Element:
+    """Return the levels of a kind, the largest 1; zero counts as positive where it is none of them."""
+    return signed(torch.tensor(sorted(_magnitudes(kind, bits)), dtype=torch.float64), bits)
 
 
 def _magnitudes(kind: str, bits: int) -> list[float]:

@@ -17,13 +17,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qexp.core.errors import NumericalError, UserError, choose
+from qexp.core.errors import UserError, choose
 from qexp.core.words import FULL_BITS, Format, Layer, Params
 from qexp.kernels.pack import pack_wide, unpack_wide
-from qexp.stages.grid import _shared as shared
+from qexp.stages.grid import _shared as common
 from qexp.stages.grid import _shared_amplitude as amplitudes
 from qexp.stages.grid import _shared_pyramid as pyramid
 from qexp.stages.grid import _shared_scale as scales
+from qexp.stages.grid import _shared_search as search
 
 MOST_BITS = 62  # of a number: sums of two still fit int64
 MOST_PULSES = 2**15 - 1  # what int16 holds
@@ -62,14 +63,13 @@ class Pyramid:
             got = f"grid.amplitude_bits={self.amplitude_bits}"
             raise UserError(got, "2 to 6", "method.grid.amplitude_bits=4")
         if self.bits != FULL_BITS:
-            shared.check_shape(self.bits, -1, layer)
+            common.check_shape(self.bits, -1, layer)
             self._check_pulses()
         self._check_dim(layer)
 
     def fit(self, W_OJ: Tensor, H_JJ: Tensor | None) -> Params:
         """Return ρ of whole rows. Raises: NumericalError for a weight that is not finite, or a norm that overflows."""
-        if not W_OJ.isfinite().all():
-            raise NumericalError("the weight has elements that are not finite")
+        common.check_finite(W_OJ)
         exact = W_OJ.double().square().mean(1, keepdim=True).mul_(self.dim).sqrt_().to(W_OJ.dtype)
         norm = torch.where(exact == 0, 0, scales.stored_scale(exact, "float16"))
         scales.check_scale(norm[exact > 0], "float16")
@@ -77,7 +77,7 @@ class Pyramid:
 
     def encode(self, W_OJ: Tensor, params: Params) -> Tensor:
         """Return codes [O, J/D, D + 1] near the weight, int8, or int16 for many pulses."""
-        rows = max(1, pyramid.CHUNK_ELEMENTS.get(W_OJ.device.type, 1 << 18) // W_OJ.shape[1])
+        rows = max(1, search.CHUNK_ELEMENTS.get(W_OJ.device.type, 1 << 18) // W_OJ.shape[1])
         parts = zip(W_OJ.split(rows), params["norm"].split(rows), strict=True)
         return torch.cat([self._encode(W, norm) for W, norm in parts])
 

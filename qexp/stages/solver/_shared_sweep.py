@@ -56,7 +56,7 @@ class Sweep:
     def use(self, params: Params, order: Tensor) -> None:
         """Take the grids of all groups, [O, G, ...]: each column gets those of its group."""
         self.group_of = (order // self.grid.group if self.grid.group > 0 else torch.zeros_like(order)).tolist()
-        self.params = {name: p.transpose(0, 1).contiguous() for name, p in params.items()}
+        self.params = {name: _by_group(p) for name, p in params.items()}
 
     def round_fitting(self, H_II: Tensor) -> Params:
         """Round all columns, fitting each group when it is reached; return the parameters of all groups."""
@@ -123,3 +123,8 @@ class Sweep:
     def _push(self, lo: int, mid: int, hi: int) -> None:
         """Add the errors of columns lo .. mid to the targets of columns mid .. hi."""
         self.T_IO[mid:hi].addmm_(self.M_II[lo:mid, mid:hi].T, self.E_IO[lo:mid])
+
+
+def _by_group(param: Tensor) -> Tensor:
+    """Return a parameter as [G, O, ...]: side by side in memory, unless all rows look at one, as at codebooks."""
+    return param.transpose(0, 1) if param.stride(0) == 0 else param.transpose(0, 1).contiguous()
