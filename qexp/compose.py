@@ -17,7 +17,7 @@ from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
 from qexp import sources
-from qexp.schema import LISTS, QexpConfig
+from qexp.schema import KINDS, LISTS, QexpConfig
 
 CONFIGS = "qexp.conf"
 
@@ -53,6 +53,13 @@ def alone(group: str, name: str) -> Any:
     if not kind:
         return method
     return next(iter(method[kind].values())) if kind in LISTS else method[kind]
+
+
+def members(recipe: str) -> dict[str, list[str]]:
+    """Return the members of a recipe by kind, as overrides name them."""
+    made = compose("config", [f"method={recipe}"], return_hydra_config=True)
+    chosen = made.hydra.runtime.choices
+    return {kind: list(made.method[kind]) if kind in LISTS else [chosen[f"method/{kind}"]] for kind in KINDS}
 
 
 def options(group: str) -> list[str]:

@@ -66,7 +66,7 @@ class Setup:
 def begin(setup: Setup) -> Run:
     """Return the run with its fingerprint and folder; a folder of the same run is continued (or emptied)."""
     keep_freed_memory()
-    device = _device(setup.device)
+    device = device_of(setup.device)
     model = setup.model.identity()
     parts = {
         "engine": VERSION,
@@ -181,7 +181,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _device(wanted: str) -> str:
+def device_of(wanted: str) -> str:
+    """Return cpu or cuda; auto is cuda where there is one. Raises: UserError for cuda without a GPU."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # Hessians need all their bits

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qexp import compose
 from qexp.core.errors import UserError, nearest
@@ -33,14 +34,7 @@ class Entry:
     @property
     def idea(self) -> str:
         """Return the first sentence of the opening comment, else of the docstring."""
-        lines = (line for line in self.yaml.splitlines() if not line.startswith("# @package"))
-        comment: list[str] = []
-        for line in lines:
-            if not line.startswith("#"):
-                break
-            comment.append(line.lstrip("# "))
-        text = " ".join(comment or self.docstring.split("\n\n")[0].split())
-        return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
+        return idea_of(self.yaml) or _sentence(" ".join(self.docstring.split("\n\n")[0].split()))
 
     @property
     def papers(self) -> str:
@@ -48,12 +42,29 @@ class Entry:
         return " ".join(dict.fromkeys(PAPER.findall(self.yaml + self.docstring)))
 
 
+def idea_of(text: str) -> str:
+    """Return the first sentence of the opening comment of a YAML text, empty without one."""
+    comment: list[str] = []
+    for line in (line for line in text.splitlines() if not line.startswith("# @package")):
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    return _sentence(" ".join(comment))
+
+
+def _sentence(text: str) -> str:
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: 0 done, 1 something does not compose, 2 a user's mistake (one line)."""
     arguments = _parser().parse_args(argv)
     try:
         with compose.hydra():
-            code = check() if arguments.check else listing(arguments.name)
+            if arguments.page:
+                code = page(arguments.page, arguments.runs)
+            else:
+                code = check() if arguments.check else listing(arguments.name)
     except UserError as error:
         sys.stderr.write(f"qexp-methods: {error}\n")
         code = 2
@@ -98,6 +109,19 @@ def check() -> int:
         ]
     )
     return 1 if broken else 0
+
+
+def page(file: Path, folders: Sequence[Path]) -> int:
+    """Write the page of all methods, with the figures of the runs below ``folders``. Raises: UserError."""
+    from qexp import methods_page
+    from qexp.report import record, rows
+
+    records = record.find(folders) if folders else []
+    try:
+        file.write_text(methods_page.page(records, rows.make(records)), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}", "a place that can be written") from error
+    return 0
 
 
 def choices() -> Iterator[tuple[str, str]]:
@@ -178,4 +202,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="show this recipe or member in full: gptq, solver/gptq")
     parser.add_argument("--check", action="store_true", help="compose and build every recipe with every member")
+    parser.add_argument("--page", metavar="FILE", type=Path, help="write all recipes, stage by stage, as Markdown")
+    parser.add_argument("--runs", metavar="DIR", type=Path, nargs="+", default=[], help="with --page: whose figures")
     return parser

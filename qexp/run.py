@@ -67,11 +67,11 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
     blocks = quantize_blocks(view, tokens, setup.method, work)
     losses |= tune_model(view, tokens, setup.method, work)
     activate(view, range(len(view.blocks)), setup.method)
-    quantized = time.perf_counter()
+    middle = time.perf_counter()
     results = setup.eval.run(view.model, tokenizer, sets, baseline, work.progress)
     metrics = {**results.metrics, **sizes(view, setup.method)}
     surfaces.look_again()
-    seconds = {"quantize_seconds": quantized - began, "evaluate_seconds": time.perf_counter() - quantized}
+    cost = {"quantize_seconds": middle - began, "evaluate_seconds": time.perf_counter() - middle}
     if setup.eval.speed:  # last, since packing spends the view
         metrics |= setup.eval.speeds(*contenders(view, setup.method, setup.model, work.device), work.progress)
     return {
@@ -79,5 +79,5 @@ def measure(setup: Setup, work: Run) -> dict[str, Any]:
         "window_losses": results.window_losses,
         "blocks": blocks,
         "diagnostics": {**surfaces.found(), "losses": losses, "allocation": view.allocation},
-        "cost": seconds,
+        "cost": cost,
     }

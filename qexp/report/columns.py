@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from qexp.report.rows import Row, sets
 
 ABSENT = "–"
 DIVERGED = "diverged"
+_MOST_SETTINGS = 2  # columns of settings; more of them are one column, so that figures stay in sight
 
 Scalar = str | float | None
 Kind = Literal["text", "number"]
@@ -36,6 +37,15 @@ def find(rows: Sequence[Row]) -> list[Column]:
     return [column for column in every if any(column.text(row) != ABSENT for row in rows)]
 
 
+def settings() -> Column:
+    """Return all settings that tell rows apart as one column."""
+
+    def text(row: Row) -> str:
+        return ", ".join(f"{key.removeprefix('method.')}={value}" for key, value in row.settings.items()) or ABSENT
+
+    return Column(key="settings", title="settings", kind="text", value=text, text=text)
+
+
 def split_constant(visible: Sequence[Column], rows: Sequence[Row]) -> tuple[list[Column], list[str]]:
     """Return the columns whose values differ between rows, and the others as ``title: text``."""
     texts = {column.key: {column.text(row) for row in rows} - {ABSENT} for column in visible}
@@ -48,8 +58,12 @@ def _identity(rows: Sequence[Row]) -> Iterator[Column]:
         yield _text(name, attrgetter(name))
     for kind in dict.fromkeys(key for row in rows for key in row.stages):
         yield _text(f"stage/{kind}", _looked_up("stages", kind), kind, spare=9 if _implied(kind, rows) else 0)
-    for key in dict.fromkeys(key for row in rows for key in row.settings):
-        yield _text(f"setting/{key}", _looked_up("settings", key), key)
+    keys = list(dict.fromkeys(key for row in rows for key in row.settings))
+    merged = len(keys) > _MOST_SETTINGS
+    for key in keys:
+        yield replace(_text(f"setting/{key}", _looked_up("settings", key), key), csv_only=merged)
+    if merged:
+        yield settings()
 
 
 def _perplexity(rows: Sequence[Row]) -> Iterator[Column]:

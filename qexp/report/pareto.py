@@ -60,10 +60,14 @@ def _points(lines: Sequence[Row], key: str) -> list[Point]:
 
 
 def _styles(lines: Sequence[Row]) -> dict[str, dict[str, str]]:
-    """Return a colour per method and a marker per activation and cache setting, both in alphabetical order."""
+    """Return a colour per method and a marker per activation and cache setting, both in alphabetical order.
+
+    Where colours come a second time, points are hollow.
+    """
     methods, kinds = sorted({row.method for row in lines}), sorted({_activations(row) for row in lines})
     return {
         "colour": {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(methods)},
+        "fill": {name: "full" if (i // len(PALETTE)) % 2 == 0 else "none" for i, name in enumerate(methods)},
         "marker": {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(kinds)},
     }
 
@@ -73,11 +77,17 @@ def _activations(row: Row) -> str:
     return re.sub(r"^w[\d.]+|g-?\d+", "", row.bits) or "a16"
 
 
+def _filled(fill: str) -> dict[str, Any]:
+    """Return how a point is drawn that is full, or hollow."""
+    return {"fillstyle": fill, "markeredgewidth": 0 if fill == "full" else 1.8}
+
+
 def _panel(ax: Axes, key: str, points: Sequence[Point], styles: dict[str, dict[str, str]]) -> None:
     plain_axes(ax)
     for row, x, y in points:
         colour, marker = styles["colour"][row.method], styles["marker"][_activations(row)]
-        ax.plot([x], [y], linestyle="none", markersize=8, markeredgewidth=0, alpha=0.9, color=colour, marker=marker)
+        look = {"color": colour, "marker": marker, **_filled(styles["fill"][row.method])}
+        ax.plot([x], [y], linestyle="none", markersize=8, alpha=0.9, **look)
     values = [y for _, _, y in points]
     if max(values) / min(values) > _LOG_ABOVE:
         ax.set_yscale("log")
@@ -136,12 +146,13 @@ def _frontier(points: Sequence[Point]) -> list[tuple[float, float]]:
 def _legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
     from matplotlib.lines import Line2D
 
-    look: dict[str, Any] = {"linestyle": "none", "markersize": 7, "markeredgewidth": 0}
+    look: dict[str, Any] = {"linestyle": "none", "markersize": 7}
     handles = [
-        Line2D([], [], marker="o", color=colour, label=literal(name), **look)
+        Line2D([], [], marker="o", color=colour, label=literal(name), **look, **_filled(styles["fill"][name]))
         for name, colour in styles["colour"].items()
     ]
-    handles += [Line2D([], [], marker=mark, color=INK, label=name, **look) for name, mark in styles["marker"].items()]
+    full = _filled("full")
+    handles += [Line2D([], [], marker=m, color=INK, label=name, **look, **full) for name, m in styles["marker"].items()]
     figure.legend(
         handles=handles,
         loc="outside lower center",

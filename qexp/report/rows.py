@@ -18,8 +18,11 @@ from qexp.report.record import Record
 
 KINDS = ("transform", "grid", "solver", "act", "kv", "tuner", "allocation")
 # Where a run was written and who watched it; the fingerprint leaves them out as well.
-_NOT_A_SETTING = ("output_dir", "resume", "tracking", "hydra", "method.name", "bits.name", "model.name")
+_NOT_A_SETTING = (
+    "output_dir", "resume", "tracking", "hydra", "method.name", "method._target_", "bits.name", "model.name",
+)  # fmt: skip
 FLOAT_BITS = "w16a16"  # of a float row, whatever bits its run was given
+FULL_BITS = 16  # of a quantizer that does nothing
 _FLOAT_GAP = 1e-6  # nats; below it a 16-bit row is the float model itself, evaluated once more
 
 
@@ -75,6 +78,12 @@ def stages(method: Mapping[str, Any]) -> dict[str, list[str]]:
     return {kind: list(_members(method.get(kind))) for kind in KINDS}
 
 
+def _active(method: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the stages of a method without quantizers of 16 bits, which do nothing."""
+    idle = [kind for kind in ("act", "kv") if ((method.get(kind) or {}).get("bits") or 0) >= FULL_BITS]
+    return stages(method) | {kind: [] for kind in idle}
+
+
 def sets(rows: Iterable[Row], prefix: str) -> list[str]:
     """Return the names ``x`` of all metrics ``prefix/x`` of the rows, in order of appearance."""
     start = f"{prefix}/"
@@ -119,6 +128,8 @@ def _without_seeds(node: Any) -> Any:
 def _setting(record: Record) -> Any:
     """Return what tells rows apart: the config without seeds, of a float row without the bits it does not use."""
     setting = _without_seeds(record["config"])
+    if isinstance(setting.get("method"), Mapping):  # where the class of all recipes lives is none, either
+        setting["method"] = {key: value for key, value in setting["method"].items() if key != "_target_"}
     if _is_float(_measured(record)):
         setting = {key: value for key, value in setting.items() if key not in ("bits", "method")}
         setting["method"] = title(record)[0]
@@ -164,7 +175,7 @@ def _log_ratio(value: float | None, reference: float | None) -> float | None:
 
 def _name_stages(rows: list[Row]) -> None:
     """Set ``row.stages`` to the kinds whose members differ between any two rows that quantize."""
-    each = [stages(row.runs[0]["config"].get("method") or {}) for row in rows]
+    each = [_active(row.runs[0]["config"].get("method") or {}) for row in rows]
     compared = [names for row, names in zip(rows, each, strict=True) if not row.is_float]
     differing = [kind for kind in KINDS if len({tuple(names[kind]) for names in compared}) > 1]
     for row, names in zip(rows, each, strict=True):

@@ -57,14 +57,14 @@ def say(lines: Sequence[str]) -> None:
         print(line)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return the table as GitHub Markdown; text of the records can neither break the table nor become HTML."""
-    visible = [column for column in columns.find(rows) if not column.csv_only]
+def markdown(rows: Sequence[Row], shown: Sequence[Column] | None = None) -> str:
+    """Return the table (or these columns) as GitHub Markdown; text of records can neither break it nor become HTML."""
+    visible = shown or [column for column in columns.find(rows) if not column.csv_only]
     lines = [
-        [_markdown_cell(column.title) for column in visible],
+        [markdown_cell(column.title) for column in visible],
         ["--:" if c.kind == "number" else ":--" for c in visible],
     ]
-    lines += [[_markdown_cell(column.text(row)) for column in visible] for row in rows]
+    lines += [[markdown_cell(column.text(row)) for column in visible] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -109,7 +109,8 @@ def _terminal_text(column: Column, row: Row) -> str:
     return "failed" if row.failed and column.key == "status" else column.text(row)
 
 
-def _markdown_cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
+    """Return text as a cell of a Markdown table."""
     for mark, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " "), ("`", "\\`")):
         text = text.replace(mark, safe)
     return text
