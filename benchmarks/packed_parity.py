@@ -27,7 +27,7 @@ from qexp.engine.context import cache_folder
 from qexp.engine.packing import pack_model
 from qexp.eval.divergence import score_windows
 from qexp.eval.perplexity import Loop, Reader, device_of, perplexity, reader
-from qexp.packed_run import FinishedRun, load
+from qexp.finished import FinishedRun, load
 from qexp.tracking.progress import track
 
 NOISE = 1.5e-7  # relative, as of one float32 rounding more

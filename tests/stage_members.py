@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+
+from qexp.core.words import Layer
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -28,6 +31,12 @@ def member(kind: str, name: str, w: int = 4, a: int = 4, kv: int = 4, g: int = 3
     config.bits = {"weight": w, "act": a, "kv": kv, "group": g}
     config.method[kind].update(keys)
     return instantiate(config.method[kind], _convert_="all")
+
+
+def few_words(name: str) -> dict[str, int]:
+    """Return the settings with which a grid of codebooks fits a weight of 24 x 64, every sum of 4 bits followed."""
+    has = {field.name for field in fields(member("grid", name))}
+    return {"dim": 2, "codebook_bits": 2, "beam": 64} if "codebook_bits" in has else {}
 
 
 @cache
@@ -52,3 +61,16 @@ def assert_well_kept(kind: str, name: str, built: Any) -> None:
     assert yaml.safe_load(text)
     if settings and name != "uniform":
         assert "Source:" in module.__doc__
+
+
+class Figures:
+    """Measures of a made-up model: each bit costs a bit."""
+
+    def __init__(self, damage: Callable[[Layer, int], float]) -> None:
+        self.damage, self.told = damage, dict[str, float]()
+
+    def cost(self, layer: Layer, bits: int) -> float:
+        return float(bits)
+
+    def tell(self, name: str, value: float) -> None:
+        self.told[name] = value

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from stage_members import assert_well_kept, member, names
+from stage_members import Figures, assert_well_kept, member, names
 
 from qexp.core.stages import Allocation
 from qexp.core.words import FULL_BITS, Layer
@@ -14,19 +12,6 @@ every_allocation = pytest.mark.parametrize("name", names("allocation"))
 LAYERS = [
     Layer(f"model.layers.{block}.self_attn.{role}_proj", role, block, 64, 64) for block in (0, 1) for role in "qkv"
 ]
-
-
-class Figures:
-    """Measures of a made-up model: each bit costs a bit."""
-
-    def __init__(self, damage: Callable[[Layer, int], float]) -> None:
-        self.damage, self.told = damage, dict[str, float]()
-
-    def cost(self, layer: Layer, bits: int) -> float:
-        return float(bits)
-
-    def tell(self, name: str, value: float) -> None:
-        self.told[name] = value
 
 
 def test_all_allocations_are_seen():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import cache
 
 import pytest
 import torch
-from stage_members import assert_well_kept, member, names
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from stage_members import assert_well_kept, few_words, member, names
 from torch import Tensor
 
 from qexp.core.errors import NumericalError, UserError
@@ -24,8 +27,8 @@ every_group = pytest.mark.parametrize("group", [-1, 16])
 
 def made(name: str, group: int = 32, w: int = 4) -> Grid:
     """Return the grid of a YAML at this group, also where the YAML fixes one; skip widths that it does not have."""
-    own = {"group": group} if "group" in {field.name for field in fields(member("grid", name))} else {}
-    built: Grid = member("grid", name, w=w, **own)
+    grouped = {"group": group} if "group" in {field.name for field in fields(member("grid", name))} else {}
+    built: Grid = member("grid", name, w=w, **grouped, **few_words(name))
     try:
         built.check(LAYER)
     except UserError as error:
@@ -38,12 +41,13 @@ def whole(grid: Grid) -> bool:
     return grid.group == 0
 
 
+@cache
 def widths(name: str) -> list[int]:
     """Return the bits that a grid has."""
     found = []
     for bits in range(2, 9):
         try:
-            member("grid", name, w=bits).check(LAYER)
+            member("grid", name, w=bits, **few_words(name)).check(LAYER)
         except UserError:
             continue
         found.append(bits)
@@ -195,3 +199,52 @@ def test_check_refuses_a_group_that_does_not_divide(name):
         pytest.skip("it has no groups")
     with pytest.raises(UserError, match=r"48 does not divide in_features=64.*set .*group="):
         member("grid", name, group=48).check(LAYER)
+
+
+ROWS = {
+    "normal": lambda x: x,
+    "heavy": lambda x: x.pow(5),
+    "constant": lambda x: torch.full_like(x, float(x[0])),
+    "zeros": torch.zeros_like,
+    "one": lambda x: torch.where(torch.arange(len(x)) == 3, 1.0, 0.0),
+    "two values": lambda x: x.sign(),
+    "positive": lambda x: x.abs() + 1,
+}
+
+
+@pytest.mark.slow
+@every_grid
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kinds=st.lists(st.sampled_from(sorted(ROWS)), min_size=1, max_size=5),
+    scale=st.sampled_from([1e-3, 1.0, 300.0]),
+    groups=st.integers(1, 3),
+    rowwise=st.booleans(),
+    wide=st.integers(0, 6),
+    seed=st.integers(0, 99),
+)
+def test_any_weight_is_stored_as_codes_that_stay(name, kinds, scale, groups, rowwise, wide, seed):
+    columns, rows = 16 * groups, len(kinds)
+    own = {"group": -1 if rowwise else 16} if "group" in {field.name for field in fields(member("grid", name))} else {}
+    has = [bits for bits in widths(name) if bits <= 4 or not few_words(name)]  # where all sums are followed
+    bits = has[wide % len(has)]
+    layer = Layer("any", "up", 0, rows, columns)
+    grid = member("grid", name, w=bits, **own, **few_words(name)).for_layer(layer, bits)
+    try:
+        grid.check(layer)
+    except UserError:
+        assume(False)
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    W_OJ = scale * torch.stack([ROWS[kind](row) for kind, row in zip(kinds, x, strict=True)])
+    params = grid.fit(W_OJ, None)
+    codes = grid.encode(W_OJ, params)
+    decoded = grid.decode(codes, params)
+    assert decoded.isfinite().all() and float((decoded - W_OJ).norm()) <= 1.01 * float(W_OJ.norm())
+    assert torch.equal(grid.decode(grid.encode(decoded, params), params), decoded)
+    linear, again = (QuantLinear(torch.nn.Linear(columns, rows, bias=False), InputPath(1)) for _ in range(2))
+    linear.install(grid, Quantized(codes, params))
+    tensors, facts = pack_linear(linear)
+    unpack_linear(again, grid, tensors, json.loads(json.dumps(facts)))
+    assert torch.equal(again.weight, linear.weight) and torch.equal(again.codes, codes)
+    padding = 64 * len(tensors)  # eight numbers are packed at once
+    assert -1e-6 < 8 * sum(t.nbytes for t in tensors.values()) - grid.cost(rows, columns) * W_OJ.numel() < padding

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stage_members import assert_well_kept, member, names
+from stage_members import assert_well_kept, few_words, member, names
 from torch import Tensor
 
+from qexp.core.codebooks import Codebooks
 from qexp.core.errors import UserError
 from qexp.core.learned import LearnedSolver
 from qexp.core.ranges import Uniform
 from qexp.core.rng import generator
 from qexp.core.stages import Grid, Solver
 from qexp.core.words import Layer, Quantized, Stats
+from qexp.engine.checks import Particular
 from qexp.stages.solver.rtn import Rtn
 
 LAYER = Layer("model.layers.0.mlp.up_proj", "up", 0, 24, 64)
@@ -32,13 +34,22 @@ def problem(seed: int) -> tuple[Tensor, Stats]:
 def made(name: str, group: int) -> Grid:
     """Return a grid at the fewest bits, of 3 and 4, that it has."""
     for bits in (3, 4):
-        grid: Grid = member("grid", name, w=bits, g=group)
+        grid: Grid = member("grid", name, w=bits, g=group, **few_words(name))
         try:
             grid.check(LAYER)
         except UserError:
             continue
         return grid
     pytest.fail(f"{name} has neither 3 nor 4 bits")
+
+
+def of_its_own(solver: Solver, **bits: int) -> Grid:
+    """Return a grid that the solver takes: integer, if it can."""
+    try:
+        solver.solve(*problem(0), member("grid", "integer"), generator(0))
+    except UserError:
+        return member("grid", "additive", **bits, **few_words("additive"))
+    return member("grid", "integer", **bits)
 
 
 def loss(W_OI: Tensor, stats: Stats, quantized: Quantized, grid) -> float:
@@ -68,13 +79,18 @@ def test_loss_is_not_above_plain_rounding_on_any_grid(name, grid_name, group):
             with pytest.raises(UserError, match="a uniform grid"):
                 solver.solve(W_OI, stats, grid, generator(0))
             return
+        if isinstance(solver, Particular) and not isinstance(grid, Codebooks):
+            with pytest.raises(UserError, match="method/grid=additive"):
+                solver.solve(W_OI, stats, grid, generator(0))
+            return
         ours = loss(W_OI, stats, solver.solve(W_OI, stats, grid, generator(0, name)), grid)
         assert 0 < ours <= loss(W_OI, stats, Rtn().solve(W_OI, stats, grid, generator(0)), grid)
 
 
 @every_solver
 def test_weight_and_statistics_stay_and_the_seed_decides(name):
-    solver, grid = member("solver", name), member("grid", "integer", g=16)
+    solver = member("solver", name)
+    grid = of_its_own(solver, g=16)
     (W_OI, stats), (before, observed) = problem(0), problem(0)
     first = solver.solve(W_OI, stats, grid, generator(7, name))
     again = solver.solve(W_OI, stats, grid, generator(7, name))
@@ -85,18 +101,19 @@ def test_weight_and_statistics_stay_and_the_seed_decides(name):
 
 @every_solver
 def test_codes_and_parameters_have_the_shapes_of_the_grid(name):
-    grid = member("grid", "integer", w=3, g=16)
-    quantized = member("solver", name).solve(*problem(0), grid, generator(0))
-    assert quantized.codes.dtype == torch.uint8 and quantized.codes.shape == (24, 64)
+    solver = member("solver", name)
+    grid = of_its_own(solver, w=3, g=16)
+    quantized = solver.solve(*problem(0), grid, generator(0))
+    assert quantized.codes.dtype == torch.uint8 and quantized.codes.shape[:2] == (24, 64 // grid.dim)
     assert int(quantized.codes.max()) < 8
-    assert all(p.shape == (24, 4) for p in quantized.params.values())
+    assert all(p.shape[:2] == (24, 64 // grid.group if grid.group else 1) for p in quantized.params.values())
     assert grid.decode(quantized.codes, quantized.params).isfinite().all()
 
 
 @every_solver
 def test_statistics_are_only_needed_where_they_are_asked_for(name):
-    solver, grid = member("solver", name), member("grid", "integer", g=16)
-    W_OI, _ = problem(0)
+    solver = member("solver", name)
+    grid, (W_OI, _) = of_its_own(solver, g=16), problem(0)
     if solver.needs:
         with pytest.raises(AssertionError, match="needs statistics"):
             solver.solve(W_OI, None, grid, generator(0))

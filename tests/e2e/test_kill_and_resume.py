@@ -66,6 +66,15 @@ LONGER = {
     "signround": ["method=signround", "bits=w3a16g32", "method.solver.training.steps=4"],
     "efficientqat": ["method=efficientqat", "bits=w2a16g32", "method.tuner.e2e_qp.training.batch=2"],
     "squeezellm": ["method=squeezellm", "bits=w3a16"],
+    "aqlm": [
+        *("method=aqlm", "bits=w2a16", "method.grid.dim=4", "method.grid.codebook_bits=4", "method.solver.epochs=1"),
+        "method.tuner.codebook.training.steps=2",
+    ],
+    "power of two, scales": [
+        *("method=power_of_two", "bits=w3a16", "method/tuner=[scales]", "method.tuner.scales.training.steps=2"),
+    ],
+    "gptqt": ["method=gptqt", "bits=w3a16"],
+    "pvq": ["method=pvq", "bits=w2a16", "method.grid.dim=8"],
     "mixed precision": ["method=mixed_precision", "bits=w3a16"],
     "mxfp4": ["method=mxfp4", "bits=w4a4"],
     "norm tweaking": ["method=norm_tweaking", "bits=w3a16"],

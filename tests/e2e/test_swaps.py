@@ -55,15 +55,30 @@ TUNERS = {
     "e2e_qp": "method/tuner=[e2e_qp]",
     "all": "method/tuner=[clip,norm_tweaking,e2e_qp] method.tuner.clip.training.steps=1",
 }
-TABLES = ("pyramid", "binary_coding", "power_of_two", "additive_power_of_two", "kmeans", "kmeans_fisher")
+TABLES = ("additive", "pyramid", "binary_coding", "power_of_two", "additive_power_of_two", "kmeans", "kmeans_fisher")
 FLOATS = ("mxfp4", "nvfp4", "nf4")
 BELOW = {
     "nothing": "method=rtn method/transform=[]",
     "rotation": "method=quarot method/act=per_token method/kv=none",
     "scales": "method=awq",
 }
-REFUSED = ("kmeans_fisher", "scales")  # squared gradients are taken before a block's weights are scaled
-GRID_SWAPS = [s for s in product(TABLES + FLOATS, ("rtn", "gptq", "ldlq"), BELOW) if s[::2] != REFUSED]
+FITTING = dict.fromkeys(FLOATS, "method.grid.group=8")  # what the toy's 24 columns take
+FITTING |= {"pyramid": "method.grid.dim=8", "additive": "method.grid.dim=2 method.grid.codebook_bits=4"}
+SWEEPS = {
+    **{name: f"method/solver={name}" for name in ("rtn", "gptq", "ldlq")},
+    "tuned": "method/solver=gptq method/tuner=[scales] method.tuner.scales.training.epochs=1",
+    "beam": "method/solver=beam method.solver.epochs=1 method.solver.training.steps=4",
+}
+
+
+def admitted(grid: str, sweep: str, below: str) -> bool:
+    """Return whether a grid goes with them; the refusals have tests of their own."""
+    if (grid, below) == ("kmeans_fisher", "scales"):  # squared gradients are taken before a block's weights are scaled
+        return False
+    return {"beam": grid == "additive", "tuned": grid != "mxfp4"}.get(sweep, True)
+
+
+GRID_SWAPS = [s for s in product(TABLES + FLOATS, SWEEPS, BELOW) if admitted(*s)]
 UNDER = ("duquant", "let", "kronecker", "learned_rotation", "incoherence")  # transforms of solvers that learn
 LEARNING = list(product(LEARNED, UNDER, GRIDS, TUNERS))
 SWAPS = list(product(TRANSFORMS, SOLVERS, GRIDS, ACTS, KVS))
@@ -72,7 +87,9 @@ IDS = tokens(4)
 
 def test_all_are_there() -> None:
     assert len(LEARNING) == 4 * 5 * 3 * 6
-    assert {*SOLVERS, *LEARNED, "gptq_in_order", "ldlq"} == set(names("solver")) and TUNERS.keys() > set(names("tuner"))
+    assert {*SOLVERS, *LEARNED, "gptq_in_order", "ldlq"} == set(names("solver")) - {"beam"}
+    assert TUNERS.keys() > set(names("tuner")) - {"codebook", "scales"}, "the latter with the grids, above"
+    assert len(GRID_SWAPS) == 10 * 4 * 3 + 3 - 4 - 3
     assert len(SWAPS) == 12 * 2 * 3 * 2 * 2 == len(set(SWAPS))
     of_earlier_issues = {"fold_norm", "hadamard", "hadamard_keys", "hadamard_online", "smooth", "smooth_duquant", "awq"}
     assert {name.removesuffix(" alone") for name in TRANSFORMS} == set(names("transform")) - of_earlier_issues
@@ -120,9 +137,9 @@ def test_it_composes_and_runs(swap: tuple[str, ...], tmp_path: Path) -> None:
     ids="-".join,
 )
 def test_any_grid_goes_with_any_solver_under_any_transform(swap: tuple[str, ...], tmp_path: Path) -> None:
-    grid, solver, below = swap
-    words = f"{BELOW[below]} bits=w4a8 method/grid={grid} method/solver={solver}"
-    words += " method.grid.group=8" if grid in FLOATS else " method.grid.dim=8" if grid == "pyramid" else ""
+    grid, sweep, below = swap
+    words = f"{BELOW[below]} bits=w4a8 method/grid={grid} {SWEEPS[sweep]}"
+    words += f" {FITTING[grid]}" if grid in FITTING else ""
     method: Method = build(compose.composed(words.split())["method"])
     assert_sound(quantized(method, tmp_path))
 

@@ -8,13 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import report_records
 import yaml
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from qexp import compose as qexp_compose
+from qexp import methods, methods_page
 from qexp.core.build import build
+from qexp.core.errors import UserError
 from qexp.launch import Setup
+from qexp.report import record
+from qexp.report.rows import make
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "sweeps" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,3 +84,20 @@ def test_the_readme_is_short_and_shows_every_recipe() -> None:
     assert len(text.splitlines()) <= 200
     for recipe in qexp_compose.options("method"):
         assert f"`{recipe}`" in text
+
+
+def test_the_page_of_methods_is_what_the_recipes_say() -> None:
+    """After a change of a recipe: qexp-methods --page docs/methods.md --runs outputs."""
+    assert methods_page.recipes() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_methods_shows_what_was_measured(tmp_path: Path) -> None:
+    for i, run in enumerate(report_records.study()):
+        record.write(tmp_path / f"{i:02d}", run)
+    assert methods.page(tmp_path / "methods.md", [tmp_path]) == 0
+    text, rows = (tmp_path / "methods.md").read_text(encoding="utf-8"), make(record.find([tmp_path]))
+    figures = [f"{row.metrics['size/bits_per_weight']:.3f}" for row in rows if not row.failed]
+    assert figures and all(f"| {figure} |" in text for figure in figures)
+    assert "failed" not in text
+    with pytest.raises(UserError, match="cannot write"):
+        methods.page(tmp_path / "no" / "methods.md", [])

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stage_members import member
 from torch import Tensor
 
-from qexp.kernels.floats import RULES, element, mx_exponent, mx_scale
+from qexp.core.errors import UserError
+from qexp.core.words import Layer
+from qexp.kernels.floats import RULES, element, fake_quantize_floats, mx_exponent, mx_scale
 
 # name -> largest, least normal, least value above zero, how many finite values
 TABLE = {
@@ -32,6 +35,22 @@ def test_value_sets(name: str) -> None:
     assert torch.equal(kind.values, -kind.values.flip(0))
     assert torch.equal(kind.decode(kind.codes, torch.float64), kind.values)
     assert torch.equal(kind.encode(kind.values), kind.codes), "values are fixed points"
+
+
+def test_an_element_has_the_bits_it_is_used_for() -> None:
+    with pytest.raises(UserError, match=r"elements={4: e4m3}, an element of 8 bits.*method\.grid\.elements={8:e4m3}"):
+        member("grid", "mxfp4", w=4, elements={4: "e4m3"}).check(Layer("x", "up", 0, 8, 64))
+    with pytest.raises(InstantiationException, match="an element of 8 bits"):
+        member("act", "mxfp4", a=4, elements={4: "e4m3"})
+
+
+@pytest.mark.parametrize("scale", ["float32", "e8m0", "e4m3"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_block_with_what_is_no_number_is_none(scale: str, bad: float) -> None:
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 3] = bad
+    answer = fake_quantize_floats(x, "e2m1", 32, scale, "floor")
+    assert answer[0, :32].isnan().all() and answer[1].isfinite().all()
 
 
 def test_fp4_values_and_codes() -> None:

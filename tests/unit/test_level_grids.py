@@ -18,9 +18,9 @@ from torch import Tensor
 from qexp.core.rng import generator
 from qexp.core.words import Stats
 from qexp.stages.grid._shared_binary import codes as binary_codes
-from qexp.stages.grid._shared_binary import errors, snapped
+from qexp.stages.grid._shared_binary import errors, patterns, snapped
 from qexp.stages.grid._shared_clusters import cluster
-from qexp.stages.grid.power_of_two import _levels
+from qexp.stages.grid.power_of_two import element
 
 FLAT = {"weights": "none"}
 
@@ -43,25 +43,25 @@ class TestPowersOfTwo:
     @pytest.mark.parametrize("bits", range(2, 9))
     def test_counts(self, bits: int) -> None:
         kinds = ("zero", "nozero", *(["additive"] if bits > 2 else []))
-        counts = {kind: len(_levels(kind, bits)[0].unique()) for kind in kinds}
+        counts = {kind: len(element(kind, bits).values.unique()) for kind in kinds}
         assert counts["zero"] == 2**bits - 1 and counts["nozero"] == 2**bits
         assert counts.get("additive", 2**bits - 1) == 2**bits - 1, "no sum comes twice"
         for kind in kinds:
-            values, codes = _levels(kind, bits)
+            values, codes = element(kind, bits).values, element(kind, bits).codes
             assert values.max() == 1 and torch.equal(values, -values.flip(0)) and len(codes.unique()) == len(codes)
 
     @pytest.mark.parametrize("kind", ["zero", "nozero"])
     def test_all_are_powers_of_two(self, kind: str) -> None:
-        values = _levels(kind, 4)[0]
+        values = element(kind, 4).values
         mantissa, _ = torch.frexp(values[values > 0])
         assert (mantissa == 0.5).all()
 
     def test_additive_sets_are_those_of_the_official_code(self) -> None:
-        three, four = (_levels("additive", bits)[0] for bits in (3, 4))
-        torch.testing.assert_close(three, _levels("zero", 3)[0])
+        three, four = (element("additive", bits).values for bits in (3, 4))
+        torch.testing.assert_close(three, element("zero", 3).values)
         expected = torch.tensor([0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1], dtype=torch.float64)
         torch.testing.assert_close(four[four >= 0], expected)
-        five = _levels("additive", 5)[0]
+        five = element("additive", 5).values
         first, second = [0, 2**-1, 2**-3, 2**-5], [0, 2**-2, 2**-4, 2**-6]
         sums = torch.tensor(sorted(a + b for a in first for b in second), dtype=torch.float64)
         torch.testing.assert_close(five[five >= 0], sums / sums[-1])
@@ -76,6 +76,19 @@ class TestPowersOfTwo:
     def test_pure_shifts_have_one_bit_of_mantissa(self) -> None:
         W = rounded(member("grid", "power_of_two", w=4, g=16, pow2=True), draw(8, 64))
         assert (torch.frexp(W.abs())[0] == 0.5).all()
+
+    @pytest.mark.parametrize("solver", ["rtn", "gptq"])
+    @pytest.mark.parametrize("kind", ["zero", "nozero", "additive"])
+    def test_weights_on_the_grid_are_recovered(self, kind: str, solver: str) -> None:
+        values = element(kind, 4).values
+        at = torch.randint(len(values), (8, 64), generator=torch.Generator().manual_seed(0))
+        at[:, ::16] = len(values) - 1  # each slice reaches its maximum, so that ratio 1 is the scale
+        W, X = values[at] * 0.375, draw(200, 64) @ draw(64, 64, seed=1)
+        low, high = X.amin(0), X.amax(0)
+        about = Stats(tokens=200, H_II=X.T @ X / 200, low_I=low, high_I=high, mean_abs_I=X.abs().mean(0), rows_TI=X)
+        grid = member("grid", "power_of_two", w=4, g=16, levels=kind)
+        solved = member("solver", solver).solve(W, about, grid, generator(0))
+        torch.testing.assert_close(grid.decode(solved.codes, solved.params), W)
 
     def test_twice_the_weight_is_twice_the_scale_and_the_same_codes(self) -> None:
         grid, W = member("grid", "power_of_two", w=3, g=16), draw(8, 64)
@@ -163,6 +176,26 @@ class TestClusters:
         plain = member("grid", "kmeans", w=3, g=-1, **FLAT).fit(W, None)["levels"][:, 0]
         assert cost(W, F, by[3]).sum() < 0.8 * cost(W, F, plain).sum()
 
+    def test_no_row_is_above_what_lloyd_finds_from_quantiles(self) -> None:
+        x, f = student(16, 300), draw(16, 300, seed=3).mul(2).exp()
+        levels = x.quantile((torch.arange(8, dtype=x.dtype) + 0.5) / 8, dim=1).T
+        for _ in range(100):
+            nearest = (x[..., None] - levels[:, None, :]).abs().argmin(-1)
+            mass, sums = (torch.zeros_like(levels).scatter_add_(1, nearest, v) for v in (f, f * x))
+            levels = torch.where(mass > 0, sums / mass.clamp(min=1e-300), levels)
+        assert (cost(x, f, cluster(x, f, 8)) <= cost(x, f, levels) * (1 + 1e-9)).all()
+
+    def test_ties_go_to_the_lower_level(self) -> None:
+        grid = member("grid", "kmeans", w=2, g=-1)
+        params = {"levels": torch.tensor([[[-1.0, 0.0, 1.0, 3.0]]])}
+        assert grid.encode(torch.tensor([[-0.5, 0.5, 2.0, 9.0]]), params).tolist() == [[0, 1, 2, 3]]
+
+    def test_taking_outliers_out_never_costs(self) -> None:
+        x, f = student(16, 300), draw(16, 300, seed=3).mul(2).exp()
+        without = torch.where(x.abs() >= x.abs().quantile(0.98, dim=1, keepdim=True), 0, f)
+        best, less = cost(x, f, cluster(x, f, 8)), cost(x, without, cluster(x, without, 8))
+        assert (less <= best * (1 + 1e-3)).all() and less.sum() < best.sum()  # cells: optima to a thousandth
+
     def test_every_row_is_below_the_uniform_grid(self) -> None:
         W, F = student(32, 256).float(), torch.ones(32, 256)
         tables = rounded(member("grid", "kmeans", w=3, g=-1, **FLAT), W)
@@ -198,6 +231,8 @@ class TestBinaryCodes:
         assert len(found) == HOW_MANY[fine, bits]
         levels = snapped(found, fine)
         assert levels.min() >= 0 and levels.max() < 2**fine and (levels.diff(dim=1) >= 0).all()
+        every = found[:, :1] + found[:, 1:] @ patterns(bits, found).T
+        assert all(len(set(row)) == 2**bits for row in every.tolist()), "2^m distinct levels"
 
     def test_uniform_codes_are_among_them(self) -> None:
         found = {tuple(code) for code in binary_codes(5, 3).tolist()}
@@ -222,6 +257,17 @@ class TestBinaryCodes:
         grid = member("grid", "binary_coding", w=bits, g=-1, least_ratio=0.25, most_ratio=1.0, ratio_step=0.0125)
         span = float(W.max() - W.min())
         assert float((rounded(grid, W) - W).abs().max()) < 0.03 * span
+
+    def test_the_chosen_code_is_no_worse_than_the_uniform_one_of_the_same_range(self) -> None:
+        """Levels of 3 bits over the full range, 0, 4, ..., 28 of 31, are a code of 5 bits among the others."""
+        W, h = student(16, 128), draw(16, 128, seed=1).exp()
+        low, high = W.amin(1, keepdim=True), W.amax(1, keepdim=True)
+        s = (high - low) / 31
+        u, every = W / s + (15.5 - (high + low) / (2 * s)).round(), binary_codes(5, 3).double()
+        found = errors(u, h, snapped(every, 5))
+        uniform = [i for i, code in enumerate(every.tolist()) if code[1:] == [4, 8, 16]]
+        assert len(uniform) == 4 and (found.amin(1) <= found[:, uniform].amin(1)).all()
+        assert (found.amin(1) < 0.9 * found[:, uniform].amin(1)).any()
 
     def test_planes_rise_and_are_positive(self) -> None:
         plane = member("grid", "binary_coding", w=3, g=16).fit(draw(8, 64), None)["plane"]

@@ -93,6 +93,7 @@ class TestCourse:
         [
             ({"t1": 0.0}, r"k\.t1=0 and t2=0"), ({"held_out": 2.0}, r"k\.held_out=2\.0; need a value from 0 to 1"),
             ({"batch": 0}, r"set k\.batch=1"), ({"optimizer": "sgd"}, r"k\.optimizer='sgd' is unknown"),
+            ({"betas": [0.9]}, r"k\.betas=\[0\.9\]; need two"),
             ({"decay": -1.0}, r"k\.decay=-1\.0; need at least 0; set k\.decay=0"),
         ],
     )  # fmt: skip
@@ -102,7 +103,7 @@ class TestCourse:
 
 
 class TestDescent:
-    @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sign_sgd"])
+    @pytest.mark.parametrize("optimizer", ["adam", "amsgrad", "adamw", "sign_sgd"])
     def test_it_goes_down_and_keeps_the_best(self, optimizer: str) -> None:
         valley = Valley()
         outcome = descend(valley, optimizer=optimizer, epochs=0, steps=60, measure_every=5)

@@ -23,8 +23,8 @@ from qexp.engine.packing import pack_model
 from qexp.eval.divergence import score_windows
 from qexp.eval.perplexity import Loop, perplexity, reader
 from qexp.eval.speed import Contender, Workload, added_bytes, measure, workload
+from qexp.finished import load
 from qexp.models.load import EMBEDDED
-from qexp.packed_run import load
 
 RECIPE = ("method=quarot", "bits=w4a4kv4")
 FIGURES = {"prefill_tokens_per_s", "decode_tokens_per_s", "first_token_seconds", "weight_bytes", "peak_bytes"}
@@ -112,6 +112,23 @@ def test_a_model_that_has_changed_is_refused(run_folder: Path, tiny_folder: Path
     record["config"]["model"]["path"] = str(save_tiny(tmp_path / "other", hidden_size=16))
     with pytest.raises(UserError, match="has changed since"):
         load(changed(run_folder, tmp_path, config=record["config"]))
+
+
+@pytest.mark.parametrize("key", ["engine", "versions of members", "cuda"])
+def test_a_run_of_another_version_or_machine_is_refused(key: str, run_folder: Path, tmp_path: Path) -> None:
+    folder = changed(run_folder, tmp_path)
+    parts = json.loads((folder / "fingerprint.json").read_text())
+    if key == "engine":
+        parts["engine"] -= 1
+    elif key == "cuda":
+        parts["device"] = "cuda"
+    else:
+        parts["method"]["versions"]["solver"] = "0"
+    (folder / "fingerprint.json").write_text(json.dumps(parts))
+    if key == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=key):
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import report_records as examples
 
 from qexp.core.errors import UserError
-from qexp.report import compare, rows
+from qexp.report import columns, compare, rows
 
 
 def test_seeds_become_one_row_with_mean_and_range() -> None:
@@ -183,3 +183,31 @@ def test_a_stress_tested_model_is_another_model() -> None:
 def test_stages_of_the_float_row_hide_and_show_nothing() -> None:
     made = rows.make([examples.record("fp16", "w16", 0.0), examples.record("rtn", "w4a16", 0.01)])
     assert [row.stages for row in made] == [{}, {}]
+
+
+def test_where_the_class_of_recipes_lives_is_no_setting() -> None:
+    runs = [examples.record("gptq", "w4a16", 0.01, seed=seed) for seed in (0, 1)]
+    for run, where in zip(runs, ("old.Method", "new.Method"), strict=True):
+        run["config"]["method"]["_target_"] = where
+    (row,) = rows.make(runs)
+    assert len(row.runs) == 2
+
+
+def test_a_quantizer_of_16_bits_is_no_stage() -> None:
+    runs = [examples.record(name, "w4a16", gap) for name, gap in (("gptq", 0.01), ("quarot", 0.02))]
+    runs[0]["config"]["method"]["act"] = {"_target_": "stages.act.per_token.PerToken", "bits": 16}
+    runs[1]["config"]["method"]["act"] = {"_target_": "stages.act.per_token.PerToken", "bits": 8}
+    assert sorted(row.stages["act"] for row in rows.make(runs)) == ["none", "per_token"]
+
+
+def test_many_settings_are_one_column_and_apart_in_csv() -> None:
+    runs = [examples.record("gptq", "w4a16", 0.01 * i) for i in range(1, 4)]
+    for i, run in enumerate(runs):
+        run["config"]["method"]["solver"] |= {"a": i, "b": -i, "c": i * i}
+    found = columns.find(rows.make(runs))
+    assert [column.title for column in found if column.key.startswith("setting") and not column.csv_only] == [
+        "settings"
+    ]
+    assert sum(column.key.startswith("setting/") and column.csv_only for column in found) == 3
+    (shown,) = [column for column in found if column.key == "settings"]
+    assert shown.text(rows.make(runs)[0]) == "solver.a=0, solver.b=0, solver.c=0"

@@ -6,6 +6,8 @@ Source: methods/mixed_precision_lm.md section 6.
 from __future__ import annotations
 
 import itertools
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stage_members import member
+from stage_members import Figures, member
 from toy_models import tokens, view_of
 from toy_recipes import a_run, recipe
 
@@ -21,26 +23,14 @@ from qexp.core.errors import UserError
 from qexp.core.words import Layer
 from qexp.engine.blocks import quantize_blocks
 from qexp.engine.checks import check_method, check_model
-from qexp.engine.sensitivity import hessian_traces, measured
+from qexp.engine.sensitivity import _Divergence, _kl, hessian_traces, measured
+from qexp.engine.streams import embed
 from qexp.stages.allocation._shared_knapsack import exact, greedy, total
 
 IDS = tokens(4)
 tables = st.integers(1, 5).flatmap(
     lambda units: st.lists(st.lists(st.floats(0, 9, width=32), min_size=3, max_size=3), min_size=units, max_size=units)
 )
-
-
-class Figures:
-    """Damages of a formula; each bit of a weight costs a bit."""
-
-    def __init__(self, damage: Any) -> None:
-        self.damage, self.told = damage, dict[str, float]()
-
-    def cost(self, layer: Layer, bits: int) -> float:
-        return float(bits)
-
-    def tell(self, name: str, value: float) -> None:
-        self.told[name] = value
 
 
 def layers(count: int = 6) -> list[Layer]:
@@ -63,6 +53,68 @@ def test_the_program_is_the_best_of_all_and_greedy_is_not_below(damage: list[lis
     assert total(cost, ours) <= budget + 1e-6 and total(cost, theirs) <= budget + 1e-6
     assert total(damage, ours) == pytest.approx(best, abs=1e-5)
     assert total(damage, theirs) >= best - 1e-5
+
+
+@pytest.mark.parametrize("decades", [0, 3, 6])
+@pytest.mark.parametrize("average", [3.5, 5, 6])
+def test_many_units_of_unlike_sizes_are_solved_to_the_optimum(decades: int, average: float) -> None:
+    """Against dynamic programming over budgets in quarters of a bit, which all costs are."""
+    rng, options = random.Random(decades), (2, 3, 4, 6, 8)
+    for _ in range(2):
+        sizes = [10 ** (decades * rng.random()) for _ in range(42)]
+        damage = [[30 * s if b == 2 else s * 4.0**-b for b in options] for s in sizes]
+        cost = [[b + 0.25 for b in options]] * len(sizes)
+        budget = (average + 0.25) * len(sizes)
+        best = {0.0: 0.0}
+        for row in damage:
+            after: dict[float, float] = {}
+            for (spent, so_far), (o, b) in itertools.product(best.items(), enumerate(options)):
+                if spent + b + 0.25 <= budget:
+                    after[spent + b + 0.25] = min(after.get(spent + b + 0.25, math.inf), so_far + row[o])
+            best = after
+        ours = exact(damage, cost, budget)
+        assert total(cost, ours) <= budget
+        assert total(damage, ours) <= min(best.values()) * (1 + 1e-5)
+        assert total(damage, ours) <= total(damage, greedy(damage, cost, budget))
+
+
+def test_what_is_left_of_the_budget_is_less_than_the_next_step() -> None:
+    damage, cost = [[9.0 / (u + 1) * 4.0**-o for o in range(4)] for u in range(6)], [[2.0, 3.0, 4.0, 6.0]] * 6
+    chosen = exact(damage, cost, 21.5)
+    steps = [row[o + 1] - row[o] for row, o in zip(cost, chosen, strict=True) if o + 1 < len(row)]
+    assert 21.5 - min(steps) < total(cost, chosen) <= 21.5
+
+
+def test_the_divergence_is_none_for_the_weight_itself_and_blind_to_a_shift_of_logits(tmp_path: Path) -> None:
+    view = view_of("llama", torch.float32)
+    run = a_run(tmp_path)
+    kwargs = embed(view, IDS)[1]
+    judge = _Divergence(view, IDS, kwargs)
+    weight = view.linear(view.layers[0].name).weight
+    assert judge.of(0, weight, weight.clone()) == 0
+    assert judge.of(0, weight, weight * 1.5) > 0
+    p = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    q = p.flip(1)
+    plain = _kl(p.log_softmax(-1), q.log_softmax(-1))
+    assert plain == pytest.approx(_kl((p + 7).log_softmax(-1), (q - 3).log_softmax(-1)), abs=1e-6) and plain > 0
+    table = measured(view, IDS, method("kl", options=[4, 16]), run)
+    assert all(set(row) == {4} and row[4] > 0 for row in table.values()), "16 bits are not measured: they do nothing"
+
+
+def test_bits_that_the_grid_lacks_are_told_with_those_it_has() -> None:
+    made = method("output")
+    made = type(made)(**{**vars(made), "grid": member("grid", "mxfp4", w=4, group=8)})
+    with pytest.raises(UserError, match=r"refuses \[2, 3\].*method\.allocation\.options=\[4,6,8\]"):
+        check_model(view_of("llama", torch.float32), made)
+
+
+def test_squared_gradients_weigh_what_is_measured_where_they_weigh_the_grid(tmp_path: Path) -> None:
+    found = []
+    for name in ("kmeans", "kmeans_fisher"):
+        made = method("output", options=[3])
+        tables = type(made)(**{**vars(made), "grid": member("grid", name, w=3, g=-1)})
+        found.append(measured(view_of("llama", torch.float32), IDS, tables, a_run(tmp_path / name)))
+    assert found[0] != found[1]
 
 
 def test_more_budget_is_never_worse_and_all_of_it_is_everything() -> None:

@@ -24,6 +24,7 @@ JOBS = {
     "acceptance_a": 24,
     "acceptance_c": 42,
     "acceptance_d": 66,
+    "acceptance_e": 63,
     "baseline_comparison": 24,
     "calibration_size": 14,
     "demo": 8,
