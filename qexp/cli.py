@@ -9,7 +9,9 @@ import json
 import logging
 import math
 import os
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -23,8 +25,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from qexp import known, sweep_index
 from qexp.compose import CONFIGS, register
-from qexp.core.errors import UserError
+from qexp.core.errors import Elsewhere, FailedBefore, UserError
+from qexp.core.files import write_text
 from qexp.explain import HYDRA_MISTAKES, NO_NAME, check_keys, explain
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"
+FOUND_SECONDS = 1.0  # a job that takes less was found, not computed
 
 
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name="config")
@@ -47,9 +52,7 @@ def job(cfg: DictConfig) -> None:
             raise UserError(f"+sweeps={choices['sweeps']} is a sweep", "qexp -m")
         config = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
         check_keys(config)
-        from qexp.run import run  # torch: a second that a mistake in the keys need not wait for
-
-        folder = run(config, choices, group)
+        folder = finished(config, group) or computed(config, choices, group)
     except (*HYDRA_MISTAKES, UserError) as error:
         if group:
             raise
@@ -60,11 +63,33 @@ def job(cfg: DictConfig) -> None:
         show([folder])
 
 
+def finished(config: dict[str, Any], sweep: str | None) -> Path | None:
+    """Return the folder of a run that ended before, known without torch. Raises: FailedBefore in a sweep."""
+    ended = known.recall(config) if config["resume"] else None
+    if ended is None:
+        return None
+    if not ended.failed:
+        log.info("finished before, nothing to do (resume=false repeats it): %s", ended.folder)
+        return Path(ended.folder)
+    if sweep and not config["retry"]:
+        raise FailedBefore(ended.failed)
+    return None
+
+
+def computed(config: dict[str, Any], choices: dict[str, str], sweep: str | None) -> Path:
+    """Carry the run out, remember that it ended, and return its folder."""
+    from qexp.run import run  # torch: a second that a mistake in the keys need not wait for
+
+    folder = run(config, choices, sweep, HydraConfig.get().overrides.task)
+    known.remember(config, folder)
+    return folder
+
+
 class SweepSummary(Callback):
     """Say where a sweep is, keep it going past a failed job, and end it with the table of all jobs."""
 
     def __init__(self) -> None:
-        self.jobs = 0
+        self.jobs, self.seconds, self.began = 0, list[float](), 0.0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Count the jobs: the product of the choices per key."""
@@ -78,32 +103,47 @@ class SweepSummary(Callback):
         """Say which job of the sweep begins."""
         if config.hydra.mode == RunMode.MULTIRUN:
             number = f"{config.hydra.job.num + 1} of {self.jobs}" if self.jobs else str(config.hydra.job.num + 1)
-            log.info("job %s: %s", number, config.hydra.job.override_dirname.replace(",", " "))
+            asked = config.hydra.job.override_dirname.replace(",", " ")
+            log.info("job %s%s: %s", number, self._remaining(config.hydra.job.num), asked)
+            self.began = time.monotonic()
+
+    def _remaining(self, job: int) -> str:
+        """Return how long the rest takes if its jobs take as long as those computed so far."""
+        if not self.seconds or not self.jobs:
+            return ""
+        left = (self.jobs - job) * statistics.median(self.seconds)
+        return f" (about {left / 60:.0f} min left)" if left > 90 else f" (about {left:.0f} s left)"
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Note a failure where the summary finds it; in a sweep the other jobs go on."""
         settings = job_return.hydra_cfg.hydra if job_return.hydra_cfg else None
-        if job_return.status != JobStatus.FAILED or settings is None or settings.mode != RunMode.MULTIRUN:
+        if settings is None or settings.mode != RunMode.MULTIRUN:
             return
-        error = job_return._return_value
+        if (seconds := time.monotonic() - self.began) > FOUND_SECONDS:
+            self.seconds.append(seconds)
+        if job_return.status != JobStatus.FAILED:
+            return
+        error, asked = job_return._return_value, settings.job.override_dirname
         told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        log.error(
-            "%s: %s", settings.job.override_dirname, told, exc_info=None if isinstance(error, UserError) else error
-        )
-        _leave(Path(settings.runtime.output_dir), {"failed": told, "overrides": settings.job.override_dirname})
+        log.error("%s: %s", asked, told, exc_info=None if isinstance(error, UserError) else error)
+        kind = "elsewhere" if isinstance(error, Elsewhere) else "failed"
+        _leave(Path(settings.runtime.output_dir), {kind: " ".join(told.split()), "overrides": asked})
         job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the comparison; exit 1 if a job failed."""
         folder = Path(config.hydra.sweep.dir)
         jobs = [json.loads(file.read_text()) for file in sorted(folder.glob(f"*/{JOB_FILE}"), key=_job_number)]
-        done = [Path(job["folder"]) for job in jobs if "folder" in job]
-        failed = [f"{job['overrides']}: {job['failed']}" for job in jobs if "failed" in job]
-        if done:
+        for output in {Path(job["folder"]).parent for job in jobs if "folder" in job}:
+            sweep_index.mend(output)
+        if done := [Path(job["folder"]) for job in jobs if "folder" in job]:
             show(done)
-        for line in failed:
-            sys.stderr.write(f"failed  {line}\n")
-        if failed:
+        for job in jobs:
+            for kind in job.keys() & {"elsewhere", "failed"}:
+                sys.stderr.write(f"{kind}  {job['overrides']}: {job[kind]}\n")
+        if lost := self.jobs - len(jobs):
+            sys.stderr.write(f"lost  {lost} jobs ended without a word (killed?); the same command continues them\n")
+        if lost > 0 or any("failed" in job for job in jobs):
             sys.exit(1)
 
 
@@ -154,8 +194,7 @@ def _log_to_stderr() -> None:
 
 
 def _leave(folder: Path, note: dict[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / JOB_FILE).write_text(json.dumps(note))
+    write_text(folder / JOB_FILE, json.dumps(note))
 
 
 def _job_number(file: Path) -> int:

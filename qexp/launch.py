@@ -10,21 +10,23 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from qexp import known, sweep_index
 from qexp.core.errors import UserError, choose
 from qexp.core.memory import keep_freed_memory
 from qexp.core.method import Method
 from qexp.data.calibration import Calibration
 from qexp.engine.context import Run, WarningCollector, cache_folder
-from qexp.engine.fingerprint import claim, digest, digest_of
+from qexp.engine.fingerprint import digest, digest_of
 from qexp.engine.shelf import PLACES
 from qexp.engine.streams import MICRO_TOKENS
 from qexp.eval.evaluation import Evaluation
 from qexp.models.load import ModelSource
+from qexp.ownership import BUSY
 from qexp.report import plots, published
 from qexp.report import record as records
 from qexp.tracking.progress import track
@@ -50,12 +52,14 @@ class Setup:
     device: str
     output_dir: str
     resume: bool
+    retry: bool
+    busy: str
     streams: str
 
     def check(self) -> None:
         """Raise UserError for what can be known wrong before anything heavy is done."""
-        for key, known in (("device", ("auto", "cpu", "cuda")), ("streams", PLACES)):
-            choose(key, getattr(self, key), known, key)
+        for key, options in (("device", ("auto", "cpu", "cuda")), ("streams", PLACES), ("busy", BUSY)):
+            choose(key, getattr(self, key), options, key)
         for part in (self.model, self.calibration, self.eval, self.tracking):
             part.check()
         existing = next(p for p in (Path(self.output_dir), *Path(self.output_dir).absolute().parents) if p.exists())
@@ -64,7 +68,7 @@ class Setup:
 
 
 def begin(setup: Setup) -> Run:
-    """Return the run with its fingerprint and folder; a folder of the same run is continued (or emptied)."""
+    """Return the run with its fingerprint and folder; nothing is on disk yet."""
     keep_freed_memory()
     device = device_of(setup.device)
     model = setup.model.identity()
@@ -82,29 +86,21 @@ def begin(setup: Setup) -> Run:
     fingerprint = digest(parts)
     name = f"{setup.method.name}-{setup.bits['name']}-{Path(setup.model.name).name}"  # of a path its last part
     folder = Path(setup.output_dir) / f"{name}-{fingerprint[:10]}"
-    if not setup.resume and folder.exists():
-        shutil.rmtree(folder)
-    claim(folder, parts)
     base = {key: value for key, value in model.items() if key != "outliers"}
     return Run(
         folder=folder, name=name, fingerprint=fingerprint, seed=setup.seed, device=device, progress=track,
-        cache=cache_folder(), model_identity=digest({**base, "device": device}), streams=setup.streams,
+        cache=cache_folder(), model_identity=digest({**base, "device": device}), streams=setup.streams, parts=parts,
     )  # fmt: skip
 
 
-def is_finished(work: Run) -> bool:
-    """Return whether the folder holds a completed record of this fingerprint."""
-    path = work.folder / records.FILE_NAME
-    if not path.exists():
-        return False
-    there = records.read(path)
-    return there["status"] == "completed" and there["fingerprint"] == work.fingerprint
-
-
 @contextlib.contextmanager
-def recording(work: Run, config: Mapping[str, Any]) -> Iterator[None]:
-    """Collect warnings; on any failure but a user's mistake leave a record that says ``failed``."""
+def recording(work: Run, config: Mapping[str, Any], asked: Sequence[str]) -> Iterator[None]:
+    """Collect warnings; on any failure but a user's mistake leave a record that says ``failed``.
+
+    The index of the folder of runs tells of it from the beginning; ``asked`` are the overrides that it shows.
+    """
     collector = WarningCollector(work.warnings)
+    sweep_index.begun(work.folder, " ".join(asked))
     _forget_peak_memory()
     logging.getLogger("qexp").addHandler(collector)
     try:
@@ -115,9 +111,11 @@ def recording(work: Run, config: Mapping[str, Any]) -> Iterator[None]:
     except Exception as error:
         failed = record_of(work, config, {}) | {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         records.write(work.folder, cast("records.Record", failed))
+        known.remember(config, work.folder)
         raise
     finally:
         logging.getLogger("qexp").removeHandler(collector)
+        sweep_index.ended(work.folder)
 
 
 def publish(work: Run, setup: Setup, choices: Mapping[str, str], sweep: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,21 @@ from qexp.core.build import build
 from qexp.engine.checks import check_method, check_model
 from qexp.engine.context import Run
 from qexp.engine.packing import check_packable
-from qexp.launch import Setup, begin, is_finished, publish, recording, write
+from qexp.launch import Setup, begin, publish, recording, write
+from qexp.ownership import check_failed_before, is_finished, owned
 from qexp.packed_run import contenders
 
 log = logging.getLogger(__name__)
 
 
-def run(config: dict[str, Any], choices: Mapping[str, str], sweep: str | None) -> Path:
+def run(config: dict[str, Any], choices: Mapping[str, str], sweep: str | None, asked: Sequence[str] = ()) -> Path:
     """Carry out the run of ``config`` (or find it finished) and return the folder of its record.
 
-    ``choices`` are the options chosen per config group and ``sweep`` the name of the sweep, both for the tracker.
+    ``choices`` are the options chosen per config group and ``sweep`` the name of the sweep, both for the tracker;
+    ``asked`` are the overrides, for the index of runs.
 
-    Raises: UserError for a mistake in the configuration or its inputs, before anything heavy where it can be known.
+    Raises: UserError for a mistake in the configuration or its inputs, before anything heavy where it can be known;
+    Elsewhere if another process computes it; in a sweep FailedBefore if it failed before.
     """
     setup = Setup(**{key: build(config[key], key) for key in Setup.__annotations__})
     setup.check()
@@ -31,11 +34,14 @@ def run(config: dict[str, Any], choices: Mapping[str, str], sweep: str | None) -
     if setup.eval.speed:
         check_packable(setup.method)
     work = begin(setup)
-    if is_finished(work):
-        log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
-        return work.folder
-    with recording(work, config):
-        write(work, config, measure(setup, work))
+    with owned(work, resume=setup.resume, busy=setup.busy):
+        if is_finished(work):
+            log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
+            return work.folder
+        if sweep and not setup.retry:
+            check_failed_before(work)
+        with recording(work, config, asked):
+            write(work, config, measure(setup, work))
     publish(work, setup, choices, sweep)
     return work.folder
 

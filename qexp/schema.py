@@ -45,6 +45,8 @@ class QexpConfig:
     device: str = "auto"
     output_dir: str = "outputs"
     resume: bool = True
+    retry: bool = False
+    busy: str = "skip"
     streams: str = "auto"
 
 

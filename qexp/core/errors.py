@@ -19,6 +19,20 @@ class UserError(Exception):
         )
 
 
+class Elsewhere(UserError):
+    """Another process computes this run now."""
+
+    def __init__(self, run: str, owner: str) -> None:
+        super().__init__(f"{run} is being computed by {owner}", "its end", "busy=wait to wait for it")
+
+
+class FailedBefore(UserError):
+    """A job of a sweep failed before, with this cause; it is tried again on request only."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"failed before: {' '.join(cause.split())}", "", "retry=true to try again")
+
+
 class NumericalError(Exception):
     """An algorithm broke down on numbers (non-finite values, a matrix that is not positive definite)."""
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from qexp.core.errors import UserError
+from qexp.core.files import write_text
 
 FILE = "fingerprint.json"
 
@@ -44,10 +44,7 @@ def claim(folder: Path, parts: dict[str, Any]) -> None:
                 f"{folder} belongs to a run that differs in {', '.join(differing[:5])}", "another output_dir"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
+    write_text(path, text)
 
 
 def digest_of(path: Path, key: str) -> str:

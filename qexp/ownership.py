@@ -1,0 +1,96 @@
+"""Who computes a run: one process at a time, on however many machines share the folder.
+
+The owner holds an operating-system lock (flock) on ``<output_dir>/.locks/<run>.lock``. It ends with the process,
+however that ends, so nothing is ever stale. A file system that says it has no such locks is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qexp.core.errors import Elsewhere, FailedBefore, UserError
+from qexp.engine.context import Run
+from qexp.engine.fingerprint import claim
+from qexp.report import record as records
+from qexp.sweep_index import lock_of
+
+log = logging.getLogger(__name__)
+
+BUSY = ("skip", "wait")
+
+
+@contextmanager
+def owned(work: Run, *, resume: bool, busy: str) -> Iterator[None]:
+    """Hold ``work.folder`` while the run is computed; with ``resume`` false what is in it is removed first.
+
+    ``busy``: when another process has it, ``skip`` the run or ``wait`` until it has not.
+
+    Raises: Elsewhere if another process has it. UserError if the folder is that of another computation.
+    """
+    lock = _locked(lock_of(work.folder), work.name, wait=busy == "wait")
+    try:
+        if not resume and work.folder.exists():
+            shutil.rmtree(work.folder)
+        claim(work.folder, work.parts)
+        yield
+    finally:
+        lock.release()
+
+
+def is_finished(work: Run) -> bool:
+    """Return whether the folder holds a completed record of this fingerprint."""
+    return _record(work, "completed") is not None
+
+
+def check_failed_before(work: Run) -> None:
+    """Raise FailedBefore, with its cause, if the folder holds the failed record of this run."""
+    if (record := _record(work, "failed")) is not None:
+        raise FailedBefore(record.get("error", "no reason recorded"))
+
+
+def _record(work: Run, status: str) -> records.Record | None:
+    """Return the record of this fingerprint if it is there and has that status."""
+    path = work.folder / records.FILE_NAME
+    if not path.exists():
+        return None
+    there = records.read(path)
+    return there if there["status"] == status and there["fingerprint"] == work.fingerprint else None
+
+
+def _locked(path: Path, name: str, wait: bool) -> FileLock:
+    """Return the lock, taken. Raises: Elsewhere if another process has it and is not waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(path), path.with_suffix(".owner")
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise Elsewhere(name, _owner(owner)) from None
+            log.info("waiting for %s, which computes %s", _owner(owner), name)
+            lock.acquire()
+    except NotImplementedError as error:
+        raise UserError(
+            f"{path.parent} is on a file system without locks", "one that has them (flock)", "output_dir=<elsewhere>"
+        ) from error
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    owner.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
+    return lock
+
+
+def _owner(file: Path) -> str:
+    try:
+        about = json.loads(file.read_text())
+        return f"process {about['pid']} on {about['host']} since {about['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
