@@ -67,8 +67,8 @@ class Setup:
             raise UserError(f"output_dir={self.output_dir}: {existing} is a file", "a folder", "output_dir=<folder>")
 
 
-def begin(setup: Setup) -> Run:
-    """Return the run with its fingerprint and folder; nothing is on disk yet."""
+def begin(setup: Setup, sweep: str | None) -> Run:
+    """Return the run with its fingerprint and folder, one of ``sweep`` if it is one's; nothing is on disk yet."""
     keep_freed_memory()
     device = device_of(setup.device)
     model = setup.model.identity()
@@ -86,10 +86,12 @@ def begin(setup: Setup) -> Run:
     fingerprint = digest(parts)
     name = f"{setup.method.name}-{setup.bits['name']}-{Path(setup.model.name).name}"  # of a path its last part
     folder = Path(setup.output_dir) / f"{name}-{fingerprint[:10]}"
+    cache = cache_folder()
     base = {key: value for key, value in model.items() if key != "outliers"}
     return Run(
         folder=folder, name=name, fingerprint=fingerprint, seed=setup.seed, device=device, progress=track,
-        cache=cache_folder(), model_identity=digest({**base, "device": device}), streams=setup.streams, parts=parts,
+        cache=cache, shared=cache / "float" if sweep else None, model_identity=digest({**base, "device": device}),
+        streams=setup.streams, parts=parts,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -37,7 +37,8 @@ def owned(work: Run, *, resume: bool, busy: str) -> Iterator[None]:
 
     Raises: Elsewhere if another process has it. UserError if the folder is that of another computation.
     """
-    lock = _locked(lock_of(work.folder), work.name, wait=busy == "wait")
+    path = lock_of(work.folder)
+    lock = _locked(path, work.name, wait=busy == "wait")
     try:
         if not resume and work.folder.exists():
             shutil.rmtree(work.folder)
@@ -45,6 +46,11 @@ def owned(work: Run, *, resume: bool, busy: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if not work.folder.exists():  # a user's mistake leaves nothing behind
+            for file in (path, _owner_of(path)):
+                file.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.parent.rmdir()
 
 
 def is_finished(work: Run) -> bool:
@@ -70,7 +76,7 @@ def _record(work: Run, status: str) -> records.Record | None:
 def _locked(path: Path, name: str, wait: bool) -> FileLock:
     """Return the lock, taken. Raises: Elsewhere if another process has it and is not waited for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(path), path.with_suffix(".owner")
+    lock, owner = FileLock(path), _owner_of(path)
     try:
         try:
             lock.acquire(timeout=0)
@@ -86,6 +92,10 @@ def _locked(path: Path, name: str, wait: bool) -> FileLock:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     owner.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
     return lock
+
+
+def _owner_of(lock: Path) -> Path:
+    return lock.with_suffix(".owner")
 
 
 def _owner(file: Path) -> str:

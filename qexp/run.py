@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.core.build import build
+from qexp.core.cache import in_use
 from qexp.engine.checks import check_method, check_model
 from qexp.engine.context import Run
 from qexp.engine.packing import check_packable
@@ -33,14 +34,14 @@ def run(config: dict[str, Any], choices: Mapping[str, str], sweep: str | None, a
     check_method(setup.method, calibrated=setup.calibration.source != "none")
     if setup.eval.speed:
         check_packable(setup.method)
-    work = begin(setup)
+    work = begin(setup, sweep)
     with owned(work, resume=setup.resume, busy=setup.busy):
         if is_finished(work):
             log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
             return work.folder
         if sweep and not setup.retry:
             check_failed_before(work)
-        with recording(work, config, asked):
+        with in_use(work.cache), recording(work, config, asked):
             write(work, config, measure(setup, work))
     publish(work, setup, choices, sweep)
     return work.folder

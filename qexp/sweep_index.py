@@ -85,6 +85,10 @@ def _change(output: Path, lines: dict[str, Line | None]) -> None:
                 known.pop(run, None)
             else:
                 known[run] = {"run": run} | known.get(run, {}) | line
+        if not known:  # a user's mistake was the first run here: nothing stays behind
+            (output / FILE).unlink(missing_ok=True)
+            (output / LOCKS / "index.lock").unlink(missing_ok=True)
+            return
         keys = dict.fromkeys([*FIRST, *sorted({key for line in known.values() for key in line})])
         out = io.StringIO()
         writer = csv.DictWriter(out, list(keys), restval="", lineterminator="\n")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qexp.core.cache import kept
 from qexp.core.rng import generator
 
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
@@ -119,16 +119,10 @@ def digest(key: Any) -> str:
 
 
 def stored(path: Path, name: str, make: Callable[[], dict[str, Tensor]]) -> Tensor:
-    """Return tensor ``name`` of the file ``path``; if it does not exist, make all, write beside it and rename."""
+    """Return tensor ``name`` of the file ``path``; if it does not exist, make all of it, once for all processes."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        save_file(make(), part)
-        part.replace(path)
-    with safe_open(path, framework="pt") as tensors:
+    with safe_open(kept(path, make), framework="pt") as tensors:
         tensor: Tensor = tensors.get_tensor(name)
     return tensor
 

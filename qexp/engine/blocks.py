@@ -27,6 +27,7 @@ from qexp.engine.learned_record import keep_learned
 from qexp.engine.reconstruct import Scene
 from qexp.engine.rounding import learn_roundings
 from qexp.engine.sensitivity import take_bits
+from qexp.engine.shared import float_answers, named
 from qexp.engine.solving import Plan, plan_of, solve_group
 from qexp.engine.store import Finished, install, pack_block
 from qexp.engine.streams import Keep, advance, embed
@@ -46,12 +47,13 @@ def quantize_blocks(view: ModelView, tokens: Tensor, method: Method, run: Run) -
     take_fisher(view, tokens, method, run)
     keep = run.shelf(view, tokens, wants.streams).keep
     stream, kwargs = embed(view, tokens, keep)
-    quantized, floating = (stream if wanted else [] for wanted in (wants.quantized, wants.float))
+    quantized = stream if wants.quantized else []
+    floating = named(view, tokens, stream, run.shared, f"{method.transform} {run.seed}") if wants.float else []
     del stream
     reports = []
     for block in run.progress("quantize blocks", range(len(view.blocks))):
         last = block + 1 == len(view.blocks)  # nothing reads what it answers
-        truth = advance(view, block, floating, kwargs[block], keep) if wants.answers_float(last) else []
+        truth = float_answers(view, block, floating, kwargs[block], keep) if wants.answers_float(last) else []
         scene = Scene(block, kwargs[block], quantized, floating, truth, [])
         finished = run.store.once(f"{block:05d}", partial(quantize_block, plan, scene, run, keep if wants.t2 else None))
         install(view, block, finished, plan.grids)

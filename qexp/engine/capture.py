@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qexp.core.errors import UserError
 from qexp.core.words import Group, Stats
+from qexp.engine.shared import shared_stats
 from qexp.engine.streams import Kwargs, StopForward, Stream, answers
 from qexp.kernels.gram import add_gram, mirrored
 from qexp.models.view import ModelView
@@ -86,6 +87,15 @@ def observe(
     look: Look = PLAIN,
 ) -> dict[str, Stats]:
     """Return the statistics of ``groups`` (in forward order, all of this block) by site name."""
+    about = f"{sorted(look.raw)} {look.loud}"
+    return shared_stats(
+        view, block, groups, stream, about, lambda: _observed(view, block, groups, stream, kwargs, look)
+    )
+
+
+def _observed(
+    view: ModelView, block: int, groups: Sequence[Group], stream: Stream, kwargs: Kwargs, look: Look
+) -> dict[str, Stats]:
     last = groups[-1] if view.family else None  # of an unknown architecture any layer may come last
     sums = {group.site: _Sums(group, group is last, look.loud, view.model.device) for group in groups}
     first = {group.site: view.linear(group.layers[0].name) for group in groups}

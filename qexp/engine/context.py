@@ -62,6 +62,7 @@ class Run:
     model_identity: str  # of the weights before any outliers are injected
     warnings: list[str] = field(default_factory=list)
     streams: str = "auto"  # where they are kept
+    shared: Path | None = None  # where runs of one sweep share what the float model does; None outside a sweep
     parts: dict[str, Any] = field(default_factory=dict)  # what the fingerprint is the hash of
 
     @property

@@ -81,6 +81,7 @@ def test_its_settings_are_checked_like_ours(installed: Path, tiny_folder: Path, 
         assert outcome.code == 2 and said in outcome.err and outcome.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_it_is_listed_and_composes_with_everything(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with compose.hydra():
         assert "toward_zero" in compose.options("method") and "toward_zero" in compose.options("method/solver")

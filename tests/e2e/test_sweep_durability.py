@@ -59,6 +59,7 @@ def test_what_is_finished_is_found_without_torch(tiny_folder: Path, tmp_path: Pa
     assert completed(tmp_path) == before and len(before) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights", "note", "record"])
 def test_it_is_not_taken_for_finished_where_anything_changed(what: str, tiny_folder: Path, tmp_path: Path) -> None:
     words = tiny(tiny_folder, tmp_path / "out", "method=rtn", "eval=none")
@@ -85,6 +86,7 @@ def test_the_index_tells_what_where_how_long_and_how_good(tiny_folder: Path, tmp
         assert float(line["perplexity/generated"]) == pytest.approx(metrics["perplexity/generated"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_computes_is_left_to_it(tiny_folder: Path, tmp_path: Path) -> None:
     words = tiny(tiny_folder, tmp_path, "method=rtn", "eval=none")
     assert command(*words).code == 0
@@ -111,6 +113,7 @@ def test_a_run_that_another_process_computes_is_left_to_it(tiny_folder: Path, tm
     assert waiting.returncode == 0 and (folder / "record.json").exists()
 
 
+@pytest.mark.slow
 def test_what_failed_is_listed_and_tried_again_on_request_only(tiny_folder: Path, tmp_path: Path) -> None:
     words = tiny(tiny_folder, tmp_path, "method=rtn", "eval=none")
     first = process("fail", "-m", *words, script=FAILING)

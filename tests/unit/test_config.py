@@ -43,6 +43,7 @@ def test_every_file_is_a_choice() -> None:
     assert sum(len(files(f"method/{kind}")) for kind in KINDS) >= 21
 
 
+@pytest.mark.slow
 def test_every_recipe_and_every_member_in_one_of_them() -> None:
     tried = [one for one in methods.swaps() if len(one) == 1 or one[0] == "method=quarot"]
     assert len(tried) > len(compose.options("method")) + 40

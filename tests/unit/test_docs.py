@@ -91,6 +91,7 @@ def test_the_page_of_methods_is_what_the_recipes_say() -> None:
     assert methods_page.recipes() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_of_methods_shows_what_was_measured(tmp_path: Path) -> None:
     for i, run in enumerate(report_records.study()):
         record.write(tmp_path / f"{i:02d}", run)

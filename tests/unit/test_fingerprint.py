@@ -16,6 +16,7 @@ from qexp.core.errors import UserError
 from qexp.engine.context import Run
 from qexp.engine.fingerprint import claim, digest, flat
 from qexp.launch import Setup, begin
+from qexp.ownership import owned
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +31,7 @@ def setup(*overrides: str) -> Setup:
 
 
 def begun(model: Path, out: Path, *overrides: str) -> Run:
-    return begin(setup(*tiny(model, out, *overrides)))
+    return begin(setup(*tiny(model, out, *overrides)), None)
 
 
 class TestDigest:
@@ -147,7 +148,9 @@ class TestOfARun:
 
     def test_resume_false_empties_the_folder(self, tiny_folder: Path, tmp_path: Path) -> None:
         work = begun(tiny_folder, tmp_path)
-        (work.folder / "left").write_text("")
-        assert begun(tiny_folder, tmp_path).folder == work.folder and (work.folder / "left").exists()
-        begun(tiny_folder, tmp_path, "resume=false")
-        assert [path.name for path in work.folder.iterdir()] == ["fingerprint.json"]
+        with owned(work, resume=True, busy="skip"):
+            (work.folder / "left").write_text("")
+        with owned(work, resume=True, busy="skip"):
+            assert (work.folder / "left").exists()
+        with owned(work, resume=False, busy="skip"):
+            assert [path.name for path in work.folder.iterdir()] == ["fingerprint.json"]

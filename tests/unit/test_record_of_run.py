@@ -50,7 +50,7 @@ def test_it_has_the_keys_of_the_contract(record: dict[str, Any]) -> None:
 
 
 def test_its_folder_holds_nothing_else(out: Path, record: dict[str, Any]) -> None:
-    (folder,) = (path for path in out.iterdir() if path.is_dir())
+    (folder,) = (path for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
     assert folder.name == f"{record['name']}-{record['fingerprint'][:10]}"
     assert {path.name for path in folder.iterdir()} == {"record.json", "fingerprint.json", "blocks"}
 
