@@ -72,8 +72,8 @@ class SweepSummary(Callback):
         _log_to_stderr()
         asked = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         parsed = OverridesParser.create().parse_overrides([*asked, *config.hydra.overrides.task])
-        choices = {o.key_or_group: len(list(o.sweep_string_iterator())) for o in parsed if o.is_sweep_override()}
-        self.jobs = math.prod(choices.values())
+        choices = {o.key_or_group: len(list(o.sweep_string_iterator())) if o.is_sweep_override() else 1 for o in parsed}
+        self.jobs = math.prod(choices.values())  # what the command says of a key replaces what the sweep says
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Say which job of the sweep begins."""

@@ -73,7 +73,7 @@ def composed_each(jobs: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
         choices = tuple(text for text in job if text not in rest)
         if choices not in made:
             made[choices] = compose("config", list(choices))
-        config = deepcopy(made[choices])
+        config = deepcopy(made[choices]) if keys else made[choices]
         for one in keys:
             OmegaConf.update(config, one.key_or_group, one.value(), merge=True)
         yield cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
@@ -91,7 +91,7 @@ def jobs(sweep: str) -> list[list[str]]:
     parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     choices = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override() else [one.input_line]
+        if one.is_sweep_override() else [str(one.input_line)]
         for one in parsed
     ]  # fmt: skip
     return [[sweep, *job] for job in itertools.product(*choices)]

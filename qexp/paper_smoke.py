@@ -1,7 +1,7 @@
 """``make paper-smoke``: every sweep of sweeps/papers and sweeps/ablations on the embedded model, with tiny settings.
 
-What is tiny stands in sweeps/_smoke.yaml. Jobs that become the same by it (a table's models, its seeds) run once. A sweep
-that fails does not stop the others; a table at the end says what ran, and the exit status is 1 if anything failed.
+What is tiny stands in sweeps/_smoke.yaml. Jobs that become the same by it (a table's models, its seeds) run once. A
+sweep that fails does not stop the others; a table at the end says what ran; the exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def failure(config: dict[str, Any]) -> str | None:
     with tempfile.TemporaryDirectory(prefix="paper-smoke-") as folder:
         try:
             run({**config, "output_dir": folder}, {}, None)
-        except Exception as error:  # whatever it is, the next job runs
+        except Exception as error:  # noqa: BLE001  (whatever it is, the next job runs)
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         (done,) = record.find([Path(folder)])
     values = [v for key, v in done["metrics"].items() if key.startswith("perplexity/") and not key.endswith("/ci95")]
