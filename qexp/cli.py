@@ -44,8 +44,9 @@ def job(cfg: DictConfig) -> None:
     choices = {k: str(v) for k, v in settings.runtime.choices.items() if not k.startswith("hydra")}
     group = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
     try:
-        if settings.sweeper.get("params") and not group:
-            raise UserError(f"{_sweep_of(choices)} is a sweep", "qexp -m")
+        saved = [f"+{key}={value}" for key, value in choices.items() if key.split("/")[0] == SWEEPS]
+        if saved and settings.sweeper.get("params") and not group:
+            raise UserError(f"{saved[0]} is a sweep", "qexp -m")
         config = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
         check_keys(config)
         from qexp.run import run  # torch: a second that a mistake in the keys need not wait for
@@ -142,12 +143,6 @@ def main() -> None:
 def _end(error: BaseException) -> NoReturn:
     sys.stderr.write(f"qexp: {explain(error, sys.argv[1:])}\n")
     sys.exit(2)
-
-
-def _sweep_of(choices: dict[str, str]) -> str:
-    """Return the saved sweep among the choices as the command names it."""
-    named = [f"+{key}={value}" for key, value in choices.items() if key.split("/")[0] == SWEEPS]
-    return named[0] if named else "hydra.sweeper.params"
 
 
 def _log_to_stderr() -> None:

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 
 from qexp import sources
@@ -89,12 +89,17 @@ def jobs(sweep: str) -> list[list[str]]:
     """Return the overrides of each job of a saved sweep, the sweep itself first, as Hydra's sweeper makes them."""
     params = compose("config", [sweep], return_hydra_config=True).hydra.sweeper.get("params") or {}
     parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
-    choices = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override() else [str(one.input_line)]
-        for one in parsed
-    ]  # fmt: skip
-    return [[sweep, *job] for job in itertools.product(*choices)]
+    return [[sweep, *job] for job in itertools.product(*map(_choices, parsed))]
+
+
+def _choices(override: Override) -> list[str]:
+    """Return an override once for each of its values; of an interval, which a search draws from, its two ends."""
+    key, value = override.get_key_element(), override.value()
+    if isinstance(value, IntervalSweep):
+        return [f"{key}={value.start}", f"{key}={value.end}"]
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{key}={text}" for text in override.sweep_string_iterator()]
 
 
 def _is_key(override: Override) -> bool:

@@ -101,9 +101,9 @@ def summary(found: Sequence[Comparison]) -> list[str]:
     if not found:
         return []
     judged = [one.reproduced for one in found if one.reproduced is not None]
-    about = f"{sum(judged)} of {len(judged)} within {found[0].within:g} % of the printed perplexity"
-    left = f", {len(found) - len(judged)} not judged" if len(judged) < len(found) else ""
-    return [f"published numbers: {about}{left}"]
+    told = [f"{sum(judged)} of {len(judged)} within {found[0].within:g} % of the printed perplexity"] if judged else []
+    told += [f"{len(found) - len(judged)} not judged"] if len(judged) < len(found) else []
+    return [f"published numbers: {', '.join(told)}"]
 
 
 def show(found: Sequence[Comparison]) -> None:

@@ -79,6 +79,7 @@ def test_the_summary_counts() -> None:
     lines = rows.make([record(5.83), record(6.5, alone=1), record(5.83, limit=8)])
     found = verdicts.compare(lines)
     assert verdicts.summary(found) == ["published numbers: 1 of 2 within 2 % of the printed perplexity, 1 not judged"]
+    assert verdicts.summary([only(record(None))]) == ["published numbers: 1 not judged"]
     assert verdicts.summary([]) == [] and verdicts.markdown([]) == ""
 
 

@@ -133,8 +133,9 @@ def test_the_first_row_of_a_papers_table_meets_its_published_number(name: str) -
     found = published.match(config)
     assert bool(found) == (PAPERS[name][1] > 0), "a recipe, the sweep or published.yaml has drifted"
     assert all("windows only" not in entry["note"] for entry in found), "not the whole set"
-    header = (SWEEPS / f"papers/{name}.yaml").read_text(encoding="utf-8").partition("\ndefaults:")[0]
-    assert bool(found) != ("nothing is published beside these" in header or "holds nothing" in header)
+    lines = (SWEEPS / f"papers/{name}.yaml").read_text(encoding="utf-8").splitlines()
+    header = " ".join(line.strip("# ") for line in lines if line.startswith("#"))
+    assert bool(found) != ("nothing is published beside these" in header or "holds nothing against them" in header)
 
 
 @pytest.mark.slow
@@ -148,10 +149,9 @@ def test_a_setting_that_a_paper_has_for_some_models_only() -> None:
     by_model = {config["model"]["name"]: config for config in configs("papers/smoothquant")}
     alphas = {name: config["method"]["transform"]["smooth"]["alpha"] for name, config in by_model.items()}
     assert alphas["llama-2-7b"] == 0.85 and alphas["llama-2-70b"] == 0.9 and alphas["mistral-7b-v0.1"] == 0.8
-    epochs = {
-        c["bits"]["name"]: c["method"]["tuner"]["clip"]["training"]["epochs"] for c in configs("papers/omniquant")
-    }
-    assert {bits for bits, count in epochs.items() if count == 40} == {"w2a16", "w2a16g128", "w2a16g64"}
+    for bits, epochs in (("w2a16", 40), ("w3a16", 20)):
+        config = qexp_compose.composed([asked("papers/omniquant"), f"bits={bits}"])
+        assert config["method"]["tuner"]["clip"]["training"]["epochs"] == epochs
     with pytest.raises(InterpolationResolutionError, match="KeyError"):
         qexp_compose.composed([asked("papers/aqlm"), "bits=w4a16"])  # the paper has no such codebook
 
