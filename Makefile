@@ -17,11 +17,11 @@ CI    := not gpu and not bench
 TESTS ?= -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo test test-fast test-slow test-gpu fuzz check fmt bench clean
+.PHONY: help install kernels demo test test-fast test-slow test-gpu paper-smoke fuzz check fmt bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## .venv with torch, qexp (editable) and the developer tools; nothing to do when done
 
@@ -58,6 +58,9 @@ test-slow: kernels ## the slow tests alone
 
 test-gpu: install ## what needs a CUDA device
 	$(PY) -m pytest -q -m gpu
+
+paper-smoke: kernels ## every sweep of the papers' tables and ablations, tiny, on the embedded model
+	$(PY) -m qexp.paper_smoke
 
 fuzz: install ## coverage-guided fuzzing of csrc/cpu for FUZZ_SECONDS (600), needs clang; inputs stay in outputs/fuzz
 	$(PY) tests/core_fuzz.py "$(FUZZ_SECONDS)"

@@ -30,6 +30,7 @@ from qexp.compose import CONFIGS, register
 from qexp.core.errors import Elsewhere, FailedBefore, UserError
 from qexp.core.files import write_text
 from qexp.explain import HYDRA_MISTAKES, NO_NAME, check_keys, explain
+from qexp.sources import SWEEPS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,8 +49,9 @@ def job(cfg: DictConfig) -> None:
     choices = {k: str(v) for k, v in settings.runtime.choices.items() if not k.startswith("hydra")}
     group = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
     try:
-        if "sweeps" in choices and not group:
-            raise UserError(f"+sweeps={choices['sweeps']} is a sweep", "qexp -m")
+        saved = [f"+{key}={value}" for key, value in choices.items() if key.split("/")[0] == SWEEPS]
+        if saved and settings.sweeper.get("params") and not group:
+            raise UserError(f"{saved[0]} is a sweep", "qexp -m")
         config = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
         check_keys(config)
         folder = finished(config, group) or computed(config, choices, group)
@@ -96,8 +98,8 @@ class SweepSummary(Callback):
         _log_to_stderr()
         asked = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         parsed = OverridesParser.create().parse_overrides([*asked, *config.hydra.overrides.task])
-        choices = {o.key_or_group: len(list(o.sweep_string_iterator())) for o in parsed if o.is_sweep_override()}
-        self.jobs = math.prod(choices.values())
+        choices = {o.key_or_group: len(list(o.sweep_string_iterator())) if o.is_sweep_override() else 1 for o in parsed}
+        self.jobs = math.prod(choices.values())  # what the command says of a key replaces what the sweep says
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Say which job of the sweep begins."""

@@ -56,6 +56,9 @@ def _unknown_choice(file: str) -> str:
         like = [*get_close_matches(name, COMMON_BITS, n=1, cutoff=0.7), "w4a16"]
         return f"bits={name} is unknown; need {BITS_FORM}, e.g. bits={like[0]}, or single keys: bits.weight=5"
     with compose.hydra():
+        below = [f"+{each}={name}" for each in compose.groups(group) if name in compose.options(each)]
+        if below:
+            return f"{group}={name} is unknown; did you mean {below[0]}?"
         return f"{group}={name} is unknown; {nearest(name, compose.options(group))}"
 
 

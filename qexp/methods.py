@@ -15,9 +15,10 @@ from pathlib import Path
 
 from qexp import compose
 from qexp.core.errors import UserError, nearest
-from qexp.explain import HYDRA_MISTAKES, explain
+from qexp.explain import HYDRA_MISTAKES, check_keys, explain
 from qexp.schema import KINDS, LISTS
 
+PARTS = ("model", "method", "calibration", "eval", "tracking")  # of a job's config that are built
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -77,7 +78,7 @@ def listing(name: str | None) -> int:
 
     if name is None:
         show(list(entries()))
-        table.say(["qexp-methods NAME shows one in full; --check composes every recipe with every member."])
+        table.say(["qexp-methods NAME shows one in full; --check composes them all, and every sweep."])
         return 0
     wanted = name.strip("/").removeprefix("method/")
     named = [(group, each) for group, each in choices() if wanted in (each, f"{group}/{each}".removeprefix("method/"))]
@@ -92,23 +93,52 @@ def listing(name: str | None) -> int:
 
 
 def check() -> int:
-    """Compose and build every recipe with every member in the place of its own; return the exit code."""
+    """Compose and build every job of every saved sweep, and every recipe with every member; return the exit code."""
     from qexp.report import table
 
-    broken, count = [], 0
+    jobs, broken = check_sweeps()
+    count = 0
     for overrides in swaps():
         count += 1
         if wrong := mistake(overrides):
             broken.append(f"{' '.join(overrides)}: {wrong}")
+    sweeps = len(compose.sweeps())
     members = sum(len(compose.options(f"method/{kind}")) for kind in KINDS)
     recipes = len(compose.options("method"))
     table.say(
         [
             *broken,
-            f"{recipes} recipes, {members} members of {len(KINDS)} kinds, {count} combinations, {len(broken)} broken",
+            f"{recipes} recipes, {members} members of {len(KINDS)} kinds, {count} combinations; "
+            f"{sweeps} sweeps, {jobs} jobs; {len(broken)} broken",
         ]
     )
     return 1 if broken else 0
+
+
+def check_sweeps() -> tuple[int, list[str]]:
+    """Compose and build every job of every saved sweep; return how many there are, and a line for each broken file."""
+    from qexp.core.build import build
+
+    count, broken = 0, []
+    for sweep in compose.sweeps():
+        job = [sweep]
+        try:
+            jobs = compose.jobs(sweep)
+            configs = compose.composed_each(jobs)
+            for job in jobs:  # noqa: B007  (the except below names the job that does not compose)
+                config = next(configs)
+                count += 1
+                check_keys(config)
+                for part in PARTS:
+                    build(config[part], part)
+        except (*HYDRA_MISTAKES, UserError) as error:
+            broken.append(f"{file_of(sweep)}: {' '.join(job[1:])}: {explain(error, job)}")
+    return count, broken
+
+
+def file_of(sweep: str) -> str:
+    """Return where a saved sweep of ours stands: sweeps/papers/quarot.yaml of +sweeps/papers=quarot."""
+    return sweep.removeprefix("+").replace("=", "/") + ".yaml"
 
 
 def page(file: Path, folders: Sequence[Path]) -> int:
@@ -201,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="qexp-methods", description="List recipes and members with their papers and what they need."
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="show this recipe or member in full: gptq, solver/gptq")
-    parser.add_argument("--check", action="store_true", help="compose and build every recipe with every member")
+    parser.add_argument("--check", action="store_true", help="compose and build all recipes, members and sweeps")
     parser.add_argument("--page", metavar="FILE", type=Path, help="write all recipes, stage by stage, as Markdown")
     parser.add_argument("--runs", metavar="DIR", type=Path, nargs="+", default=[], help="with --page: whose figures")
     return parser

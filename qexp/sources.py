@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from qexp.schema import COMMON_BITS, bits_of
 
 SWEEPS = "sweeps"
+SWEEP_PARTS = ("sweeps/case", "sweeps/stress")  # settings that sweeps are made of, no sweeps themselves
 
 
 class QexpSearchPath(SearchPathPlugin):

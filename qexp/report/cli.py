@@ -24,31 +24,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Read the records, print the table and write the files that were asked for. Raises: UserError."""
-    from qexp.report import compare, record, rows, table
+    from qexp.report import compare, record, rows, table, verdicts
 
+    if not arguments.within >= 0:
+        raise UserError(f"--within {arguments.within:g}", "percent, 0 or more")
     records = record.find(arguments.folders)
     lines = rows.make(records, by_seed=arguments.by_seed)
     if arguments.baseline:
         compare.against(lines, arguments.baseline)
+    held = verdicts.compare(lines, arguments.within)
     table.show(lines)
-    table.say([*compare.summary(lines), *table.failures(lines)])
+    verdicts.show(held)
+    table.say([*verdicts.summary(held), *compare.summary(lines), *table.failures(lines)])
     for path, text in _files(arguments, records, lines).items():
         _save(path, text)
         table.say([f"wrote {path}"])
 
 
 def _files(arguments: argparse.Namespace, records: list, lines: list) -> dict[Path, str]:  # type: ignore[type-arg]
-    from qexp.report import table
+    from qexp.report import table, verdicts
 
     files: dict[Path, str] = {}
     if arguments.csv:
         files[arguments.csv] = table.comma_separated(lines)
     if arguments.markdown:
-        files[arguments.markdown] = table.markdown(lines)
+        files[arguments.markdown] = table.markdown(lines) + verdicts.markdown(verdicts.compare(lines, arguments.within))
     if arguments.html:
         from qexp.report import html  # matplotlib: only where it is needed
 
-        files[arguments.html] = html.render(records, lines, arguments.baseline)
+        files[arguments.html] = html.render(records, lines, arguments.baseline, arguments.within)
     return files
 
 
@@ -61,11 +65,15 @@ def _save(path: Path, text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from qexp.report import verdicts
+
     parser = argparse.ArgumentParser(prog="qexp-report", description="Compare all qexp runs found below some folders.")
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="folder with runs, e.g. outputs")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained HTML report")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write the raw values")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as Markdown")
     parser.add_argument("--baseline", metavar="METHOD", help="hold every row against this method's row")
+    about = f"how far a reproduced perplexity may be off ({verdicts.WITHIN:g})"
+    parser.add_argument("--within", metavar="PERCENT", type=float, default=verdicts.WITHIN, help=about)
     parser.add_argument("--by-seed", action="store_true", help="one row per run instead of one per setting")
     return parser

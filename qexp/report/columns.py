@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Literal
 
+from qexp.report.record import Published
 from qexp.report.rows import Row, sets
 
 ABSENT = "–"
@@ -79,7 +80,7 @@ def _perplexity(rows: Sequence[Row]) -> Iterator[Column]:
         yield _number(f"versus/{name}", f"vs baseline{of}", "{:+.4f}", about, spread=True)
         yield _raw(f"versus/{name}/low", _looked_up("low", f"versus/{name}"))
         yield _raw(f"versus/{name}/high", _looked_up("high", f"versus/{name}"))
-        yield _published(f"perplexity/{name}", f"published{of}")
+        yield from _published(f"perplexity/{name}", f"published{of}")
 
 
 def _agreement(rows: Sequence[Row]) -> Iterator[Column]:
@@ -185,17 +186,25 @@ def _bound(key: str, index: int, end: str) -> Column:
     return _raw(f"{key}/{end}", value)
 
 
-def _published(key: str, heading: str) -> Column:
-    def values(row: Row) -> list[float]:
-        return [p["value"] for p in row.runs[0]["published"] if p.get("metric", key) == key]
+def _published(key: str, heading: str) -> Iterator[Column]:
+    """Yield the published numbers of the setting, and for CSV the first one's source and how far off it the row is."""
+
+    def entries(row: Row) -> list[Published]:
+        return [entry for entry in row.runs[0]["published"] if entry.get("metric", key) == key]
 
     def text(row: Row) -> str:
-        return " / ".join(f"{value:g}" for value in values(row)) or ABSENT
+        return " / ".join(f"{entry['value']:g}" for entry in entries(row)) or ABSENT
 
-    return Column(
+    def difference(row: Row) -> float | None:
+        measured, first = row.metrics.get(key), next(iter(entries(row)), None)
+        return None if measured is None or first is None else 100 * (measured / first["value"] - 1)
+
+    yield Column(
         key=f"published/{key}", title=heading, kind="number", text=text, help="printed in a paper for this setting",
-        value=lambda row: next(iter(values(row)), None),
+        value=lambda row: next((entry["value"] for entry in entries(row)), None),
     )  # fmt: skip
+    yield _raw(f"published/{key}/difference_percent", difference)
+    yield _raw(f"published/{key}/source", lambda row: next((entry["source"] for entry in entries(row)), None))
 
 
 def readable(value: float, form: str) -> str:

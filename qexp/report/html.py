@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qexp.report import compare, plots
+from qexp.report import compare, plots, verdicts
 from qexp.report.columns import Column, find, split_constant
 from qexp.report.record import Record
 from qexp.report.rows import Row
@@ -30,14 +30,20 @@ _TITLES = {
 }
 
 
-def render(records: Sequence[Record], lines: Sequence[Row], baseline: str | None = None) -> str:
-    """Return the report of ``records`` as a complete HTML document; ``lines`` are their rows, compared already."""
+def render(
+    records: Sequence[Record], lines: Sequence[Row], baseline: str | None = None, within: float = verdicts.WITHIN
+) -> str:
+    """Return the report of ``records`` as a complete HTML document; ``lines`` are their rows, compared already.
+
+    ``within`` is the tolerance of the verdicts on published numbers, in percent.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("qexp.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    published = verdicts.compare(lines, within)
     shown, facts = split_constant([c for c in find(lines) if not c.csv_only], lines)
     return environment.get_template("template.html.j2").render(
         count={"runs": len(records), "failed": sum(r["status"] == "failed" for r in records)},
@@ -48,7 +54,8 @@ def render(records: Sequence[Record], lines: Sequence[Row], baseline: str | None
         facts=facts,
         rows=[{"failed": row.failed, "cells": list(_cells(row, lines, shown))} for row in lines],
         sections=_figures(records),
-        published=list(_published(lines)),
+        published=published,
+        published_summary="".join(verdicts.summary(published)),
         runs=[_details(record) for record in records],
     )
 
@@ -89,23 +96,6 @@ def _figures(records: Sequence[Record]) -> list[dict[str, Any]]:
         kind, _, about = name.partition("/")
         drawn[kind].append({"caption": about.replace("/", " · "), "svg": svg(figure, f"f{i}")})
     return [{"id": kind, "title": _TITLES[kind], "figures": each} for kind, each in drawn.items() if each]
-
-
-def _published(lines: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """Yield published beside measured values, and both gaps to the float model in nats where the paper prints one."""
-    import math
-
-    for row in lines:
-        for entry in row.runs[0]["published"]:
-            metric = entry.get("metric", "perplexity/wikitext2")
-            reference = entry.get("fp_value")
-            yield {
-                "row": row, "metric": metric, "published": entry["value"], "measured": row.metrics.get(metric),
-                "fp_published": reference, "fp_measured": row.metrics.get(f"fp/{metric}"),
-                "gap_published": math.log(entry["value"] / reference) if reference else None,
-                "gap_measured": row.metrics.get(metric.replace("perplexity", "gap", 1)),
-                "source": entry["source"], "note": entry.get("note", ""),
-            }  # fmt: skip
 
 
 def _details(record: Record) -> dict[str, Any]:

@@ -92,8 +92,17 @@ def _same_method(published: str, method: Mapping[str, Any]) -> bool:
     wanted = dict(_table()["methods"][published])
     if method.get("name") != wanted.pop("recipe"):
         return False
+    settings = {key: wanted.pop(key) for key in list(wanted) if "." in key}
     ours = stages(method)
-    return all(sorted(ours.get(kind, ())) == sorted(members) for kind, members in wanted.items())
+    return all(sorted(ours.get(kind, ())) == sorted(members) for kind, members in wanted.items()) and all(
+        _at(method, key) == value for key, value in settings.items()
+    )
+
+
+def _at(node: Any, path: str) -> Any:
+    for name in path.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def _describe(row: Mapping[str, Any], sets: Mapping[str, str], config: Mapping[str, Any]) -> Published:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_search_path import ConfigSearchPath
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from qexp.explain import HYDRA_MISTAKES
 from qexp.launch import Setup
 from qexp.models.load import ModelSource
 from qexp.schema import BITS_PATTERN, KINDS, LISTS, QexpConfig, bits_of
+from qexp.sources import QexpSearchPath
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -192,10 +194,44 @@ class TestTheCommand:
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         wrong = ["method=gptq", "+method.solver.dampp=1"]
+        monkeypatch.setattr(compose, "sweeps", list)
         monkeypatch.setattr(methods, "swaps", lambda: iter([["method=gptq"], wrong]))
         code, out, _ = self.answer(capsys, "--check")
         assert code == 1
         assert "method=gptq +method.solver.dampp=1: method.solver.dampp is no setting of Gptq; known: act_order" in out
-        assert "2 combinations, 1 broken" in out
+        assert "2 combinations; 0 sweeps, 0 jobs; 1 broken" in out
         monkeypatch.setattr(methods, "swaps", lambda: iter([["method=gptq"]]))
         assert self.answer(capsys, "--check")[0] == 0
+
+    def test_check_names_the_file_of_a_sweep_that_is_broken(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        files = {
+            "right": "",
+            "member": "method: {solver: {damp: 1}}\n",
+            "key": "mehtod: {}\n",
+            "choice": "hydra: {sweeper: {params: {method: 'gptq,gptk'}}}\n",
+        }
+        sweeps = tmp_path / "sweeps" / "papers"
+        sweeps.mkdir(parents=True)
+        for name, text in files.items():
+            (sweeps / f"own_{name}.yaml").write_text(
+                f"# @package _global_\ndefaults: [{{override /method: gptq}}]\n{text}"
+            )
+        ours = [f"+sweeps/papers=own_{name}" for name in files]
+        monkeypatch.setattr(methods, "swaps", lambda: iter([]))
+        monkeypatch.setattr(compose, "sweeps", lambda: ours)
+        search = QexpSearchPath.manipulate_search_path
+
+        def with_ours(self: QexpSearchPath, path: ConfigSearchPath) -> None:
+            search(self, path)
+            path.append("test", f"file://{tmp_path}")
+
+        monkeypatch.setattr(QexpSearchPath, "manipulate_search_path", with_ours)
+        code, out, _ = self.answer(capsys, "--check")
+        assert code == 1 and "4 sweeps, " in out and "; 3 broken" in out
+        told = {line.split(":")[0]: line for line in out.splitlines() if line.startswith("sweeps/papers/")}
+        assert "damp is no" in told["sweeps/papers/own_member.yaml"]
+        assert "mehtod" in told["sweeps/papers/own_key.yaml"]
+        assert "did you mean gptq" in told["sweeps/papers/own_choice.yaml"]
+        assert "method=gptk" in told["sweeps/papers/own_choice.yaml"]

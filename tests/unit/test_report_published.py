@@ -60,7 +60,7 @@ def test_swapping_the_solver_of_quarot_finds_the_row_of_that_solver() -> None:
     config = setting("quarot", bits="w4a4kv4")
     assert values(config) == [6.1]
     config["method"]["solver"] = {"_target_": "qexp.stages.solver.rtn.Rtn"}
-    assert values(config) == [8.37]
+    assert values(config) == [8.37, 8.56]  # the paper's, and FlatQuant's authors'
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,32 @@ def test_a_partial_evaluation_says_so() -> None:
 
 
 def test_fractional_bits_of_papers_match_their_nominal_ones() -> None:
+    config = setting("squeezellm")
+    config["bits"]["weight"] = 3
+    assert values(config) == [6.18]
+
+
+def test_a_published_codebook_matches_no_other() -> None:
     config = setting("aqlm")
     config["bits"]["weight"] = 2
     config["eval"]["window_tokens"] = 4096
-    assert values(config) == [6.64]
+    config["method"] |= {
+        "tuner": {"codebook": {"_target_": "qexp.stages.tuner.codebook.Codebook"}},
+        "grid": {"_target_": "qexp.stages.grid.additive.Additive", "dim": 8, "codebook_bits": 16},
+    }
+    assert values(config) == [6.29]
+    config["method"]["grid"]["codebook_bits"] = 15
+    assert values(config) == [6.64, 6.59]  # two versions of the paper
+    config["method"]["grid"]["codebook_bits"] = 8
+    assert values(config) == []
+
+
+def test_groups_of_weights_alone_are_not_those_of_quarot_128g() -> None:
+    config = setting("quarot")
+    config["bits"] = {"name": "w4a4kv4g128", "weight": 4, "act": 4, "kv": 4, "group": 128}
+    assert values(config) == []
+    config["method"]["act"] = {"_target_": "qexp.stages.act.per_group.PerGroup", "group": 128}
+    assert values(config) == [5.93]
 
 
 def test_the_embedded_model_has_no_published_number() -> None:
@@ -101,7 +123,7 @@ def test_the_embedded_model_has_no_published_number() -> None:
 
 def test_every_row_names_a_known_method_and_its_source() -> None:
     table = published._table()
-    assert len(table["rows"]) >= 120
+    assert len(table["rows"]) >= 280
     for row in table["rows"]:
         assert row["method"] in table["methods"], row
         assert len(row["bits"]) == 4 and row["source"] and row["value"] > 1, row
@@ -117,6 +139,8 @@ def test_every_row_names_a_known_method_and_its_source() -> None:
         (["method=quarot", "method/solver=rtn", "bits=w4a4kv4"], 8.37),
         (["method=smoothquant", "bits=w8a8kv8"], 5.515),
         (["method=fp16"], 5.47),
+        (["method=omniquant_wa", "bits=w4a4kv4"], 14.26),
+        (["method=flatquant", "bits=w4a4kv4"], 5.79),
     ],
 )
 def test_the_recipes_as_shipped_find_their_numbers(overrides: list[str], expected: float) -> None:

@@ -7,19 +7,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf.errors import InterpolationResolutionError
 
 from qexp import compose as qexp_compose
 from qexp.core.build import build
 from qexp.launch import Setup
+from qexp.report import published
 
 SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
-NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 JOBS = {
     "acceptance_a": 24,
     "acceptance_c": 42,
@@ -33,7 +33,52 @@ JOBS = {
     "seeds": 15,
     "solver_vs_transform": 8,
     "two_bits": 9,
+    "ablations/calibration_size": 14,
+    "ablations/calibration_source": 8,
+    "ablations/clip": 8,
+    "ablations/groups": 12,
+    "ablations/kv_bits": 16,
+    "ablations/rotation_parts": 6,
+    "ablations/seeds": 15,
+    "ablations/solver_vs_transform": 8,
 }
+# Jobs of a paper's table, and how many of their records will have a published number beside them.
+PAPERS = {
+    "affinequant": (3, 3),
+    "affinequant_opt": (16, 16),
+    "aqlm": (6, 6),
+    "awq": (10, 10),
+    "awq_opt": (3, 3),
+    "crossquant": (12, 0),
+    "duquant": (8, 8),
+    "efficientqat": (16, 16),
+    "flatquant": (10, 10),
+    "flexround": (9, 0),
+    "gptq": (16, 16),
+    "gptq_opt": (10, 0),
+    "gptqt": (10, 0),
+    "lrq": (9, 0),
+    "mixed_precision": (12, 0),
+    "norm_tweaking": (18, 0),
+    "omniquant": (28, 28),
+    "omniquant_wa": (3, 3),
+    "power_of_two": (16, 0),
+    "pvq": (6, 0),
+    "quarot": (5, 5),
+    "quarot_128g": (5, 5),
+    "quarot_rtn": (6, 6),
+    "quik": (6, 6),
+    "quik_opt": (3, 3),
+    "quip": (6, 6),
+    "quip_sharp": (9, 9),
+    "signround": (16, 0),
+    "smoothquant": (6, 6),
+    "spinquant": (15, 15),
+    "squeezellm": (12, 12),
+}
+JOBS |= {f"papers/{name}": jobs for name, (jobs, _) in PAPERS.items()}
+NAMES = sorted(JOBS)
+SLOW_PAPERS = [pytest.param(f"papers/{name}", marks=pytest.mark.slow) for name in PAPERS]  # a minute of composing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,23 +87,32 @@ def _hydra() -> Iterator[None]:
         yield
 
 
+def asked(name: str) -> str:
+    """The override that asks for a saved sweep: +sweeps=demo, +sweeps/papers=quarot."""
+    group, _, leaf = f"sweeps/{name}".rpartition("/")
+    return f"+{group}={leaf}"
+
+
 def jobs(name: str) -> list[list[str]]:
-    """The overrides of each job, as Hydra's sweeper makes them from the parameters of a saved sweep."""
-    params = compose("config", [f"+sweeps={name}"], return_hydra_config=True).hydra.sweeper.params
-    parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
-    choices = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in parsed]
-    return [[f"+sweeps={name}", *job] for job in itertools.product(*choices)]
+    return qexp_compose.jobs(asked(name))
+
+
+@cache
+def configs(name: str) -> list[dict[str, Any]]:
+    """The config of every job of a sweep; read, never written."""
+    return list(qexp_compose.composed_each(jobs(name)))
 
 
 def test_the_saved_sweeps_are_those_we_know() -> None:
-    assert sorted(JOBS) == NAMES
-    assert qexp_compose.options("sweeps") == NAMES
-    assert qexp_compose.groups("sweeps") == ["sweeps/case", "sweeps/stress"]
+    files = {str(path.relative_to(SWEEPS).with_suffix("")) for path in SWEEPS.rglob("*.yaml") if path.name[0] != "_"}
+    assert {name for name in files if not name.startswith(("case/", "stress/"))} == set(NAMES)
+    assert sorted(qexp_compose.sweeps()) == sorted(map(asked, NAMES))
+    assert qexp_compose.groups("sweeps") == ["sweeps/ablations", "sweeps/case", "sweeps/papers", "sweeps/stress"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*(name for name in NAMES if not name.startswith("papers/")), *SLOW_PAPERS])
 def test_every_job_composes_and_builds(name: str) -> None:
-    every = [qexp_compose.composed(job) for job in jobs(name)]
+    every = configs(name)
     assert len(every) == JOBS[name]
     for config in every:
         setup = Setup(**{key: build(config[key], key) for key in Setup.__annotations__})
@@ -66,9 +120,46 @@ def test_every_job_composes_and_builds(name: str) -> None:
     assert len({repr(config) for config in every}) == len(every), "two jobs are the same run"
 
 
+def test_jobs_composed_together_are_those_composed_one_by_one() -> None:
+    for name in ("rotation_parts", "ablations/kv_bits", "papers/smoothquant"):
+        assert configs(name) == [qexp_compose.composed(job) for job in jobs(name)]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_first_row_of_a_papers_table_meets_its_published_number(name: str) -> None:
+    config = qexp_compose.composed(jobs(f"papers/{name}")[0])
+    for key in Setup.__annotations__:
+        build(config[key], key)
+    found = published.match(config)
+    assert bool(found) == (PAPERS[name][1] > 0), "a recipe, the sweep or published.yaml has drifted"
+    assert all("windows only" not in entry["note"] for entry in found), "not the whole set"
+    lines = (SWEEPS / f"papers/{name}.yaml").read_text(encoding="utf-8").splitlines()
+    header = " ".join(line.strip("# ") for line in lines if line.startswith("#"))
+    assert bool(found) != ("nothing is published beside these" in header or "holds nothing against them" in header)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_row_of_a_papers_table_meets_its_published_number(name: str) -> None:
+    found = [published.match(config) for config in configs(f"papers/{name}")]
+    assert sum(map(bool, found)) == PAPERS[name][1], "a recipe, the sweep or published.yaml has drifted"
+
+
+def test_a_setting_that_a_paper_has_for_some_models_only() -> None:
+    by_model = {config["model"]["name"]: config for config in configs("papers/smoothquant")}
+    alphas = {name: config["method"]["transform"]["smooth"]["alpha"] for name, config in by_model.items()}
+    assert alphas["llama-2-7b"] == 0.85 and alphas["llama-2-70b"] == 0.9 and alphas["mistral-7b-v0.1"] == 0.8
+    for bits, epochs in (("w2a16", 40), ("w3a16", 20)):
+        config = qexp_compose.composed([asked("papers/omniquant"), f"bits={bits}"])
+        assert config["method"]["tuner"]["clip"]["training"]["epochs"] == epochs
+    with pytest.raises(InterpolationResolutionError, match="KeyError"):
+        qexp_compose.composed([asked("papers/aqlm"), "bits=w4a16"])  # the paper has no such codebook
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header_asks_and_answers(name: str) -> None:
     lines = (SWEEPS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40
     header = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert header[0] == "# @package _global_"
     for word in ("Question", "Expect", "Feeds"):
@@ -82,7 +173,7 @@ def test_what_a_sweep_fixes_and_what_it_varies() -> None:
     assert config["model"]["outliers"] == {"kind": "scale", "channels": 4, "scale": 30, "seed": 0}
     assert config["bits"]["name"] == "w8a8"
     assert "sweeps" not in config
-    parts = [qexp_compose.composed(job)["method"]["transform"]["hadamard"] for job in jobs("rotation_parts")]
+    parts = [job["method"]["transform"]["hadamard"] for job in configs("rotation_parts")]
     off = [{key for key in ("residual", "heads", "across_heads", "keys", "down") if not part[key]} for part in parts]
     assert off == [set(), {"residual"}, {"heads"}, {"across_heads"}, {"keys"}, {"down"}]
 
@@ -110,6 +201,10 @@ def test_the_command_runs_a_sweep_by_name_and_tells_which_jobs_failed(tmp_path: 
     ("command", "told"),
     [
         (["+sweeps=demo"], "qexp: +sweeps=demo is a sweep; need qexp -m"),
+        (["+sweeps/papers=quarot"], "qexp: +sweeps/papers=quarot is a sweep; need qexp -m"),
+        (["+sweeps/ablations=seeds"], "qexp: +sweeps/ablations=seeds is a sweep; need qexp -m"),
+        (["-m", "+sweeps/papers=quarott"], "qexp: sweeps/papers=quarott is unknown; did you mean quarot?"),
+        (["-m", "+sweeps=quarot"], "qexp: sweeps=quarot is unknown; did you mean +sweeps/papers=quarot?"),
         (["-m", "+sweeps=demoo"], "qexp: sweeps=demoo is unknown; did you mean demo?"),
         (["-m", "+sweeps=demo", "--cfg", "job"], "qexp: Only one of --run, --multirun, --cfg"),
     ],
