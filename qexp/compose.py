@@ -46,6 +46,13 @@ def composed(overrides: Sequence[str]) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(compose("config", list(overrides)), resolve=True))
 
 
+def job(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what one run of ``qexp OVERRIDES`` is given: the resolved config, and the option chosen per group."""
+    made = compose("config", list(overrides), return_hydra_config=True)
+    choices = {key: str(value) for key, value in made.hydra.runtime.choices.items() if not key.startswith("hydra")}
+    return composed(overrides), choices
+
+
 def alone(group: str, name: str) -> Any:
     """Return the config of a recipe (``group`` is method), or of a member (method/<kind>) at the default bits."""
     kind = group.removeprefix("method").strip("/")
