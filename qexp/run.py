@@ -14,6 +14,7 @@ from qexp.engine.context import Run
 from qexp.engine.packing import check_packable
 from qexp.launch import Setup, begin, is_finished, publish, recording, write
 from qexp.packed_run import contenders
+from qexp.tracking.wandb import driven_by_agent
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def run(config: dict[str, Any], choices: Mapping[str, str], sweep: str | None) -
     work = begin(setup)
     if is_finished(work):
         log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
+        if driven_by_agent():
+            publish(work, setup, choices, sweep)
         return work.folder
     with recording(work, config):
         write(work, config, measure(setup, work))

@@ -8,23 +8,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
-import socket
-import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp import compose, search_front, search_plan, search_space
 from qexp.core.errors import UserError
+from qexp.search_crew import Crew
 from qexp.search_desk import MOST_FAILURES, SAMPLERS, Desk, counted, hopeless
 from qexp.search_plan import Plan
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+    from qexp.tracking.wandb import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ def search(plan: Plan, jobs: int) -> int:
     desk = plan.desk()
     began = len(_ended(desk))
     log.info("study %s: %d of %d trials done, in %s", plan.study, began, plan.trials, plan.folder)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # whatever happens here, no worker is left behind
         crew = Crew(plan, min(jobs, max(0, plan.trials - began)))
         stack.callback(crew.dismiss)
         if crew.size:
@@ -120,48 +119,9 @@ def search(plan: Plan, jobs: int) -> int:
         sys.stderr.write(f"qexp-search: {stopped}; logs: {plan.home / 'workers'}\n")
         return 1
     _present(plan, desk, points, len(counted(every)))
+    if len(_ended(desk)) > began:
+        _track(plan, points)
     return 0
-
-
-class Crew:
-    """The worker processes of this command; one that is killed is replaced, one that cannot start is not."""
-
-    def __init__(self, plan: Plan, size: int) -> None:
-        self.plan, self.size, self.spare = plan, size, 3 * size
-        threads = str(max(1, (os.cpu_count() or 1) // max(1, size)))
-        self.environment = {"OMP_NUM_THREADS": threads, **os.environ}
-        (plan.home / "workers").mkdir(parents=True, exist_ok=True)
-        self.running = dict(self._start() for _ in range(size))
-
-    def _start(self) -> tuple[str, subprocess.Popen[bytes]]:
-        name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
-        command = [sys.executable, "-m", "qexp.search_worker", self.plan.to_json(), name]
-        with self._log_of(name).open("wb") as file:
-            return name, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self.environment)
-
-    def look(self) -> bool:
-        """Replace who was killed; return whether anybody still works."""
-        for name, process in list(self.running.items()):
-            if process.poll() is None:
-                continue
-            del self.running[name]
-            if process.returncode < 0 and self.spare:
-                self.spare -= 1
-                log.warning("a worker was killed by signal %d; another one takes over", -process.returncode)
-                self.running.update([self._start()])
-            elif process.returncode:
-                log.error("a worker ended with code %d: %s", process.returncode, self._log_of(name))
-        return bool(self.running)
-
-    def dismiss(self) -> None:
-        """End who still works; their trials are continued by whoever comes next."""
-        for process in self.running.values():
-            process.terminate()
-        for process in self.running.values():
-            process.wait()
-
-    def _log_of(self, name: str) -> Path:
-        return self.plan.home / "workers" / f"{name}.log"
 
 
 def _follow(desk: Desk, crew: Crew) -> None:
@@ -199,6 +159,14 @@ def _present(plan: Plan, desk: Desk, points: Sequence[search_front.Point], trial
     paths = search_front.write(plan, points, trials)
     table.say([f"front:  {' '.join(map(str, paths))}"])
     table.say([f"report: qexp-report {plan.folder} --html {Path(plan.folder) / 'report.html'}"])
+
+
+def _track(plan: Plan, points: Sequence[search_front.Point]) -> None:
+    """Put the front beside the trials in the tracker: they are in the group of this name."""
+    from qexp.core.build import build
+
+    tracker: Tracker = build(compose.composed(plan.fixed)["tracking"], "tracking")
+    tracker.tabulate(plan.study, search_front.rows(plan, points), Path(plan.folder))
 
 
 def _span(seconds: float) -> str:

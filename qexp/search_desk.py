@@ -130,8 +130,8 @@ class Desk:
             trial.set_user_attr(key, value)
         drawn = self.space.draw(trial)
         trial.set_user_attr("drawn", drawn)
-        same = (t for t in every if t.user_attrs.get("drawn") == drawn and "lost" not in t.user_attrs)
-        return trial, drawn, next(same, None)
+        others = (t for t in every if t.number != trial.number and "lost" not in t.user_attrs)
+        return trial, drawn, next((t for t in others if t.user_attrs.get("drawn") == drawn), None)
 
 
 def counted(every: Sequence[FrozenTrial]) -> list[FrozenTrial]:

@@ -90,10 +90,10 @@ def show(plan: Plan, space: Space, points: Sequence[Point]) -> None:
     terminal.say(["to run one again:", *(f"  {point.command}" for point in points)])
 
 
-def rows(plan: Plan, points: Sequence[Point]) -> tuple[list[str], list[list[Any]]]:
+def rows(plan: Plan, points: Sequence[Point]) -> tuple[list[str | int], list[list[Any]]]:
     """Return the front as columns and rows: for CSV and W&B."""
     keys = list(dict.fromkeys(key for point in points for key in point.drawn))
-    head = ["trial", *(one.key for one in plan.targets), *keys, "folder", "command"]
+    head: list[str | int] = ["trial", *(one.key for one in plan.targets), *keys, "folder", "command"]
     each = [[p.trial, *p.values, *(p.drawn.get(key, "") for key in keys), p.folder, p.command] for p in points]
     return head, each
 

@@ -125,8 +125,13 @@ def check(plan: Plan, space: Space) -> None:
     from qexp.engine.checks import check_method
     from qexp.launch import Setup
 
+    _composed(plan.fixed)  # alone first: what is wrong there is no fault of the space
     for drawn in space.probes():
-        config = _composed(plan.overrides(drawn))
+        try:
+            config = _composed(plan.overrides(drawn))
+        except UserError as error:
+            hint = "; what only some choices have: {..., when: {method: [gptq]}}"
+            raise UserError(f"space {space.name}: {error}{hint if 'is no config key' in str(error) else ''}") from error
         check_keys(config)
         setup = Setup(**{key: build(config[key], key) for key in Setup.__annotations__})
         setup.check()
@@ -173,5 +178,4 @@ def _composed(words: Sequence[str]) -> dict[str, Any]:
         return compose.composed(words)
     except HYDRA_MISTAKES as error:
         told = explain(error, words)
-        hint = "; a key that some choices lack: {..., when: {method: [gptq]}}" if "is no config key" in told else ""
-        raise UserError(f"{told}{hint} (in: qexp {' '.join(words)})") from error
+        raise UserError(f"{told} (in: qexp {' '.join(words)})") from error

@@ -26,6 +26,9 @@ def report(arguments: argparse.Namespace) -> None:
     """Read the records, print the table and write the files that were asked for. Raises: UserError."""
     from qexp.report import compare, record, rows, table
 
+    if arguments.sync or arguments.dry_run:
+        _sync(arguments.folders, dry_run=arguments.dry_run)
+        return
     records = record.find(arguments.folders)
     lines = rows.make(records, by_seed=arguments.by_seed)
     if arguments.baseline:
@@ -35,6 +38,17 @@ def report(arguments: argparse.Namespace) -> None:
     for path, text in _files(arguments, records, lines).items():
         _save(path, text)
         table.say([f"wrote {path}"])
+
+
+def _sync(folders: Sequence[Path], *, dry_run: bool) -> None:
+    from qexp.report import sync, table
+
+    runs = sync.offline_runs(folders)
+    if dry_run:
+        table.say(map(str, runs))
+    else:
+        sync.upload(runs)
+    table.say([f"{len(runs)} W&B runs {'to upload' if dry_run else 'uploaded'}"])
 
 
 def _files(arguments: argparse.Namespace, records: list, lines: list) -> dict[Path, str]:  # type: ignore[type-arg]
@@ -67,5 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write the raw values")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as Markdown")
     parser.add_argument("--baseline", metavar="METHOD", help="hold every row against this method's row")
+    parser.add_argument("--sync", action="store_true", help="upload the W&B runs kept offline below DIR, nothing else")
+    parser.add_argument("--dry-run", action="store_true", help="with --sync: say which, upload none")
     parser.add_argument("--by-seed", action="store_true", help="one row per run instead of one per setting")
     return parser
+
+
+if __name__ == "__main__":
+    main()
