@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra.errors import MissingConfigException
 
 from qexp import compose as qexp_compose
 from qexp.core.build import build
+from qexp.core.errors import UserError
+from qexp.explain import check_keys
 from qexp.launch import Setup
 from qexp.search_plan import metrics_of
 
@@ -120,8 +121,9 @@ def test_values_arrive_as_hydra_writes_them() -> None:
 def test_hydra_does_not_take_them_for_configs(folder: str) -> None:
     (file, *_) = sorted((FILES[0].parents[1] / folder).glob("*.yaml"))
     assert f"sweeps/{folder}" not in qexp_compose.groups("sweeps")
-    with pytest.raises(MissingConfigException):
-        qexp_compose.composed([f"+sweeps/{folder}={file.stem}"])
+    config = qexp_compose.composed([f"+sweeps/{folder}={file.stem}"])  # to Hydra an ordinary new key
+    with pytest.raises(UserError, match=f"sweeps/{folder} is no config key"):
+        check_keys(config)
 
 
 def test_an_agent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
