@@ -116,7 +116,8 @@ def search(plan: Plan, jobs: int) -> int:
         sys.stderr.write(f"failed  {line}\n")
     if not points:
         stopped = f"the first {MOST_FAILURES} trials failed" if hopeless(every) else "no trial succeeded"
-        sys.stderr.write(f"qexp-search: {stopped}; logs: {plan.home / 'workers'}\n")
+        mended = "when the cause is mended, another --study"
+        sys.stderr.write(f"qexp-search: {stopped}; {mended}; logs: {plan.home / 'workers'}\n")
         return 1
     _present(plan, desk, points, len(counted(every)))
     if len(_ended(desk)) > began:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock
+
 from qexp import compose, search_space
 from qexp.core.errors import UserError, nearest
 from qexp.explain import HYDRA_MISTAKES, check_keys, explain
@@ -79,7 +81,13 @@ class Plan:
     def desk(self) -> Desk:
         """Return the desk of the study, which is made where there is none. Raises: UserError for one that differs."""
         space = search_space.read(self.space)
-        self.home.mkdir(parents=True, exist_ok=True)
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.home / "desk.lock"):
+                pass
+        except (NotImplementedError, OSError) as error:
+            need = "a folder that can be written, on a file system with locks"
+            raise UserError(f"{self.home} cannot be used: {error}", need, "output_dir=<folder>") from error
         return Desk(self._study(space), self.home, space, self.trials, self.sampler, self.seed)
 
     def _study(self, space: Space) -> Study:
@@ -176,6 +184,6 @@ def storage_of(where: str) -> BaseStorage:
 def _composed(words: Sequence[str]) -> dict[str, Any]:
     try:
         return compose.composed(words)
-    except HYDRA_MISTAKES as error:
+    except (*HYDRA_MISTAKES, ValueError) as error:  # Hydra's own of method=null is a ValueError
         told = explain(error, words)
         raise UserError(f"{told} (in: qexp {' '.join(words)})") from error

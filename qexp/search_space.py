@@ -12,8 +12,9 @@ What is drawn is the text of ordinary overrides: a trial is what the same words 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -103,21 +104,27 @@ class Space:
         return tuple(one.key for one in self.parameters if len(set(one.ends)) > 1)
 
     def probes(self) -> Iterator[Drawn]:
-        """Yield settings in which every end occurs under every combination of config groups (``MOST_PROBES`` at most).
+        """Yield settings in which every end occurs under every combination of config groups.
 
         A group (``method``, ``method/solver``, ``bits``: no dot) decides which keys there are; other keys do not.
+        Of more than ``MOST_PROBES`` a sample is yielded.
         """
         groups = [one.ends if "." not in one.key else ("",) for one in self.parameters]
-        rounds = max(len(one.ends) for one in self.parameters)
-        seen: list[Drawn] = []
-        for chosen, turn in itertools.islice(itertools.product(itertools.product(*groups), range(rounds)), 10_000):
-            drawn: Drawn = {}
-            for one, option in zip(self.parameters, chosen, strict=True):
-                if _holds(one.when, drawn):
-                    drawn[one.key] = option or one.ends[turn % len(one.ends)]
-            if drawn not in seen:
-                seen.append(drawn)
-        yield from seen[:: max(1, -(-len(seen) // MOST_PROBES))]
+        turns = range(max(len(one.ends) for one in self.parameters))
+        total = math.prod(map(len, groups)) * len(turns)
+        picked = range(total) if total <= MOST_PROBES else random.Random(0).sample(range(total), MOST_PROBES)
+        seen = {tuple(self._probe(groups, number, len(turns)).items()) for number in picked}
+        yield from map(dict, sorted(seen))
+
+    def _probe(self, groups: Sequence[Sequence[str]], number: int, turns: int) -> Drawn:
+        """Return combination ``number`` of the product of the groups and the turns."""
+        number, turn = divmod(number, turns)
+        drawn: Drawn = {}
+        for one, options in zip(self.parameters, groups, strict=True):
+            number, place = divmod(number, len(options))
+            if _holds(one.when, drawn):
+                drawn[one.key] = options[place] or one.ends[turn % len(one.ends)]
+        return drawn
 
 
 def read(name: str) -> Space:

@@ -108,6 +108,13 @@ def test_every_end_is_probed_under_every_group() -> None:
     assert all("method.solver.damp_fraction" not in p for p in probes if p["method"] == "rtn")
 
 
+def test_of_a_large_space_a_sample_is_probed() -> None:
+    space = space_of("\n".join(f"{key}: [{', '.join(map(str, range(40)))}]" for key in "abcdefgh"))
+    probes = list(space.probes())
+    assert len(probes) == search_space.MOST_PROBES
+    assert all(len({probe[key] for probe in probes}) > 30 for key in "abcdefgh")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -145,6 +152,8 @@ def test_the_saved_spaces_can_be_searched(name: str, plan: Plan) -> None:
         (["space=gptq", "--objectives", "size/bytes"], "<metric>:min or <metric>:max"),
         (["space=gptq", "--objectives", "speed/decode_tokens_per_s:max"], "is not measured"),
         (["space=gptq", "bits.wait=3"], "did you mean bits.weight?"),
+        (["space=gptq", "bits=4"], "bits=4 names nothing"),
+        (["space=gptq", "output_dir=/proc/here"], "cannot be used"),
         (["space=gptq", "eval=none"], "need objectives"),
         (["space=gptq", "device=abacus"], "device='abacus' is unknown"),
         (["space={mine}", "method/solver=rtn"], "when: {method: [gptq]}"),
@@ -156,7 +165,7 @@ def test_a_mistake_is_told_before_any_trial(
 ) -> None:
     words = [word.format(mine=plan.space) if word.startswith("space={") else word for word in arguments]
     with pytest.raises(SystemExit) as ended:
-        search.main([*words, f"output_dir={tmp_path}/out"])
+        search.main([f"output_dir={tmp_path}/out", *words])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("qexp-search: ") and told in error and error.count("\n") == 1
