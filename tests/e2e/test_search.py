@@ -150,3 +150,20 @@ def test_what_w_and_b_reads_back_of_a_sweep_is_the_records(tiny_folder: Path, tm
     by_method = {run["method"]: run for run in seen}
     assert by_method["rtn"]["method/solver"] == "rtn" and by_method["gptq"]["method/solver"] == "gptq"
     assert {run["bits"] for run in seen} == {"w3a16g32"}, "comparable by method, bits and stage"
+
+
+@pytest.mark.slow
+def test_an_agent_gets_its_run_even_if_the_record_was_there(tiny_folder: Path, tmp_path: Path) -> None:
+    """The server waits for a run under the id that its agent set; without one it would count as crashed."""
+    words = tiny(tiny_folder, tmp_path / "out", "method=rtn", "bits=w3a16g32", "tracking=offline")
+    assert command(*words).code == 0
+    assert command(*words).code == 0
+    assert len(list((tmp_path / "out" / "wandb").glob("offline-run-*"))) == 1, "repeated by hand: nothing new"
+    (tmp_path / "config.yaml").write_text("wandb_version: 1\nmethod: {value: rtn}\nbits.group: {value: 32}\n")
+    variables = {"SWEEP_ID": "s1", "RUN_ID": "asked4", "SWEEP_PARAM_PATH": str(tmp_path / "config.yaml")}
+    asked = process(*words, **{f"WANDB_{name}": value for name, value in variables.items()})
+    assert asked.code == 0 and "nothing to do" in asked.err
+    (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*-asked4")
+    back, (record,) = read_back(folder), [json.loads(p.read_text()) for p in (tmp_path / "out").glob("*/record.json")]
+    assert {key: back["summary"][key] for key in record["metrics"]} == record["metrics"]
+    assert back["config"]["method"] == "rtn" and back["config"]["cfg"] == record["config"]
