@@ -68,7 +68,7 @@ def job(cfg: DictConfig) -> None:
 def finished(config: dict[str, Any], sweep: str | None) -> Path | None:
     """Return the folder of a run that ended before, known without torch. Raises: FailedBefore in a sweep."""
     ended = known.recall(config) if config["resume"] else None
-    if ended is None:
+    if ended is None or "WANDB_SWEEP_ID" in os.environ:  # a W&B agent waits to be shown the run, whenever it was
         return None
     if not ended.failed:
         log.info("finished before, nothing to do (resume=false repeats it): %s", ended.folder)

@@ -108,6 +108,13 @@ def _is_key(override: Override) -> bool:
     return plain and not GlobalHydra.instance().config_loader().get_group_options(override.key_or_group)
 
 
+def job(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what one run of ``qexp OVERRIDES`` is given: the resolved config, and the option chosen per group."""
+    made = compose("config", list(overrides), return_hydra_config=True)
+    choices = {key: str(value) for key, value in made.hydra.runtime.choices.items() if not key.startswith("hydra")}
+    return composed(overrides), choices
+
+
 def alone(group: str, name: str) -> Any:
     """Return the config of a recipe (``group`` is method), or of a member (method/<kind>) at the default bits."""
     kind = group.removeprefix("method").strip("/")

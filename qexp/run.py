@@ -16,6 +16,7 @@ from qexp.engine.packing import check_packable
 from qexp.launch import Setup, begin, publish, recording, write
 from qexp.ownership import check_failed_before, is_finished, owned
 from qexp.packed_run import contenders
+from qexp.tracking.wandb import driven_by_agent
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ def run(config: dict[str, Any], choices: Mapping[str, str], sweep: str | None, a
     with owned(work, resume=setup.resume, busy=setup.busy):
         if is_finished(work):
             log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
+            if driven_by_agent():
+                publish(work, setup, choices, sweep)
             return work.folder
         if sweep and not setup.retry:
             check_failed_before(work)

@@ -58,5 +58,9 @@ def bits_of(name: str) -> dict[str, Any] | None:
     weight, act, kv, group = (
         int(part) if part else default for part, default in zip(match.groups(), (0, 16, 16, -1), strict=True)
     )
-    shown = f"w{weight}a{act}" + (f"kv{kv}" if kv < 16 else "") + (f"g{group}" if group > 0 else "")
-    return {"name": shown, "weight": weight, "act": act, "kv": kv, "group": group}
+    return {"name": bits_name(weight, act, kv, group), "weight": weight, "act": act, "kv": kv, "group": group}
+
+
+def bits_name(weight: int, act: int, kv: int, group: int) -> str:
+    """Return the name of these bits: w4a4kv4g128; what takes part in no quantization is left out, but for the act."""
+    return f"w{weight}a{act}" + (f"kv{kv}" if kv < 16 else "") + (f"g{group}" if group > 0 else "")

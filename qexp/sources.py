@@ -17,6 +17,7 @@ from qexp.schema import COMMON_BITS, bits_of
 
 SWEEPS = "sweeps"
 SWEEP_PARTS = ("sweeps/case", "sweeps/stress")  # settings that sweeps are made of, no sweeps themselves
+OF_OTHERS = ("search", "wandb")  # folders of sweeps/ that are no configs: spaces of qexp-search, sweeps of a W&B agent
 
 
 class QexpSearchPath(SearchPathPlugin):
@@ -82,12 +83,12 @@ class SweepsSource(ConfigSource):
 
     def is_group(self, config_path: str) -> bool:
         """Return whether this is the group or one below it."""
-        below = _below(SWEEPS, config_path)
+        below = _saved(config_path)
         return config_path.strip("/") in ("", SWEEPS) or (below is not None and self._files.is_group(below))
 
     def is_config(self, config_path: str) -> bool:
         """Return whether this is a saved sweep."""
-        below = _below(SWEEPS, config_path)
+        below = _saved(config_path)
         return below is not None and self._files.is_config(below)
 
     def available(self) -> bool:
@@ -97,7 +98,8 @@ class SweepsSource(ConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Return the saved sweeps, or the group itself at the top."""
         if config_path.strip("/"):
-            return self._files.list(_below(SWEEPS, config_path) or "", results_filter)
+            found = self._files.list(_saved(config_path) or "", results_filter)
+            return [name for name in found if name not in OF_OTHERS]
         return [SWEEPS] if results_filter in (None, ObjectType.GROUP) else []
 
 
@@ -106,6 +108,12 @@ def register() -> None:
     SourcesRegistry.instance().register(BitsSource)
     SourcesRegistry.instance().register(SweepsSource)
     Plugins.instance().register(QexpSearchPath)
+
+
+def _saved(config_path: str) -> str | None:
+    """Return the name of a saved sweep, None for what is none."""
+    below = _below(SWEEPS, config_path)
+    return None if below is None or below.split("/")[0] in OF_OTHERS else below
 
 
 def _below(group: str, config_path: str) -> str | None:

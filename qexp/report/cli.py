@@ -28,6 +28,9 @@ def report(arguments: argparse.Namespace) -> None:
 
     if not arguments.within >= 0:
         raise UserError(f"--within {arguments.within:g}", "percent, 0 or more")
+    if arguments.sync or arguments.dry_run:
+        _sync(arguments.folders, dry_run=arguments.dry_run)
+        return
     records = record.find(arguments.folders)
     lines = rows.make(records, by_seed=arguments.by_seed)
     if arguments.baseline:
@@ -39,6 +42,17 @@ def report(arguments: argparse.Namespace) -> None:
     for path, text in _files(arguments, records, lines).items():
         _save(path, text)
         table.say([f"wrote {path}"])
+
+
+def _sync(folders: Sequence[Path], *, dry_run: bool) -> None:
+    from qexp.report import sync, table
+
+    runs = sync.offline_runs(folders)
+    if dry_run:
+        table.say(map(str, runs))
+    else:
+        sync.upload(runs)
+    table.say([f"{len(runs)} W&B runs {'to upload' if dry_run else 'uploaded'}"])
 
 
 def _files(arguments: argparse.Namespace, records: list, lines: list) -> dict[Path, str]:  # type: ignore[type-arg]
@@ -75,5 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", metavar="METHOD", help="hold every row against this method's row")
     about = f"how far a reproduced perplexity may be off ({verdicts.WITHIN:g})"
     parser.add_argument("--within", metavar="PERCENT", type=float, default=verdicts.WITHIN, help=about)
+    parser.add_argument("--sync", action="store_true", help="upload the W&B runs kept offline below DIR, nothing else")
+    parser.add_argument("--dry-run", action="store_true", help="with --sync: say which, upload none")
     parser.add_argument("--by-seed", action="store_true", help="one row per run instead of one per setting")
     return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qexp.core.gaps import gaps
 from qexp.report.record import Record
 
 KINDS = ("transform", "grid", "solver", "act", "kv", "tuner", "allocation")
@@ -159,18 +160,7 @@ def _measured(record: Record) -> dict[str, float | None]:
     """Return the scalar metrics and costs of one run, plus ``gap/<set>`` = log perplexity - log float perplexity."""
     scalars = {k: v for k, v in record["metrics"].items() if not isinstance(v, list)}
     costs = {f"cost/{key}": value for key, value in record["cost"].items()}
-    measured: dict[str, float | None] = {**scalars, **costs}  # type: ignore[dict-item]
-    for key in scalars:
-        kind, _, name = key.partition("/")
-        if kind == "perplexity" and f"fp/{key}" in scalars:
-            measured[f"gap/{name}"] = _log_ratio(scalars[key], scalars[f"fp/{key}"])
-    return measured
-
-
-def _log_ratio(value: float | None, reference: float | None) -> float | None:
-    if value is None or reference is None or value <= 0 or reference <= 0:
-        return None
-    return math.log(value) - math.log(reference)
+    return {**scalars, **costs, **gaps(scalars)}
 
 
 def _name_stages(rows: list[Row]) -> None:

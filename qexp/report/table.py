@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qexp.report import columns
@@ -51,7 +51,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
     return [f"{row.runs[0]['name']}: {columns.status(row)}" for row in rows if row.failed]
 
 
-def say(lines: Sequence[str]) -> None:
+def say(lines: Iterable[str]) -> None:
     """Print plain lines below the table."""
     for line in lines:
         print(line)

@@ -5,10 +5,10 @@ values by construction, and a run that is resumed or repeated never leaves half 
 The record is the truth. Whatever goes wrong here is a warning, never a lost run: no account means offline, no network
 means offline, and an offline run is complete (``wandb sync`` uploads it later, ``wandb leet`` shows it locally).
 
-Conventions: ``group`` is the sweep, ``job_type`` is ptq, tags and top-level config keys are the choices made on the
-command line (what one filters and groups by), ``cfg`` is the resolved config, the summary holds the record's metrics
-under their own flat keys, ``block/*`` is a history over the blocks of the model and ``learn/*`` one over the steps of
-what was learned.
+Conventions: ``group`` is the sweep, ``job_type`` is ptq (search: the front that a search found), tags and top-level
+config keys are the choices made on the command line (what one filters and groups by), ``cfg`` is the resolved config,
+the summary holds the record's metrics under their own flat keys and the gap, ``block/*`` is a history over the blocks
+of the model and ``learn/*`` one over the steps of what was learned.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 from qexp.core.errors import UserError, choose
+from qexp.core.gaps import gaps
 from qexp.tracking import history
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class Tracker(Protocol):
     ) -> str | None:
         """Show the finished ``record`` elsewhere and return where (URL or folder), or None."""
 
+    def tabulate(self, name: str, table: history.Table, folder: Path) -> str | None:
+        """Show a table about the runs of the sweep ``name`` beside them, and return where, or None."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoTracking:
@@ -65,6 +69,9 @@ class NoTracking:
         folder: Path,
         figures: Figures,
     ) -> None:
+        """Do nothing."""
+
+    def tabulate(self, name: str, table: history.Table, folder: Path) -> None:
         """Do nothing."""
 
 
@@ -98,9 +105,21 @@ class Wandb:
                 if run.disabled:
                     return None
                 _fill(run, record, figures)
-                return str(run.settings.sync_dir if run.offline else run.url)
+                return _where(run)
         except Exception as error:  # noqa: BLE001  a view must never cost the run it shows, whatever it raises
             log.warning("W&B failed (%s: %s); the record on disk is complete", type(error).__name__, error)
+            return None
+
+    def tabulate(self, name: str, table: history.Table, folder: Path) -> str | None:
+        """Write ``table`` as a W&B run of its own, in the group ``name``; return as :meth:`publish`."""
+        import wandb
+
+        try:
+            with self._run({"name": name, "group": name, "job_type": "search"}, folder, failed=False) as run:
+                run.log({"front": wandb.Table(columns=table[0], data=table[1])})
+                return None if run.disabled else _where(run)
+        except Exception as error:  # noqa: BLE001  as above
+            log.warning("W&B failed (%s: %s); the files on disk are complete", type(error).__name__, error)
             return None
 
     @contextmanager
@@ -138,6 +157,11 @@ class Wandb:
         )
 
 
+def driven_by_agent() -> bool:
+    """Return whether a W&B agent started this process: it waits for a run under the id that it gave."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
 def resolve_mode(requested: str) -> Mode:
     """Return the W&B mode for ``requested``: auto is online when logged in, else offline; never one that prompts.
 
@@ -167,6 +191,8 @@ def _identity(record: Record, choices: Mapping[str, str], group: str | None) -> 
 
     The resolved config sits under ``cfg``: at top level, an agent's parameter named ``method`` would overwrite it.
     """
+    # of single keys (bits.weight=3) the group's choice knows nothing; the name of the bits does
+    choices = {**choices, **({"bits": bits} if (bits := record["config"].get("bits", {}).get("name")) else {})}
     tags = {str(choices[key])[:64] for key in TAGS if choices.get(key)}  # 64 characters is W&B's limit
     return {
         "name": record["name"],
@@ -189,7 +215,8 @@ def _fill(run: wandb.Run, record: Record, figures: Figures) -> None:
     import wandb
 
     costs = {f"cost/{key}": value for key, value in record.get("cost", {}).items()}
-    run.summary.update({**record.get("metrics", {}), **costs, "status": record["status"]})
+    metrics = record.get("metrics", {})
+    run.summary.update({**metrics, **gaps(metrics), **costs, "status": record["status"]})
     run.define_metric("block/*", step_metric="block/index")
     run.define_metric("learn/*", step_metric="learn/step")
     for row in (*history.block_rows(record), *history.loss_rows(record)):
@@ -209,6 +236,10 @@ def _image(figure: Figure) -> wandb.Image:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     return wandb.Image(Image.open(picture))
+
+
+def _where(run: wandb.Run) -> str:
+    return str(run.settings.sync_dir if run.offline else run.url)
 
 
 def _first_line(error: Exception) -> str:

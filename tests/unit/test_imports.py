@@ -40,7 +40,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMMANDS = {name: target.split(":")[0] for name, target in PROJECT["project"]["scripts"].items()}
 HYDRA_FILES = (COMMANDS["qexp"], *(f"qexp.{name}" for name in ("compose", "explain", "schema", "sources")))
 
-HEAVY = {"torch", "transformers", "datasets", "lm_eval", "wandb", "matplotlib", "scipy", "pandas"}
+HEAVY = {"optuna", "torch", "transformers", "datasets", "lm_eval", "wandb", "matplotlib", "scipy", "pandas"}
+USED_EXTRAS = ("cuda", "export", "search", "dashboards")
 # Import name -> distribution name, where metadata does not know it because the package is an extra.
 EXTRAS = {"fast_hadamard_transform": "fast-hadamard-transform", "compressed_tensors": "compressed-tensors"}
 
@@ -185,7 +186,7 @@ def test_every_package_is_in_the_wheel() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *extras["cuda"], *extras["export"]]
+    wanted = [*PROJECT["project"]["dependencies"], *(line for name in USED_EXTRAS for line in extras[name])]
     declared = {canonical(re.split(r"[\[<>=~! ;]", line)[0]) for line in wanted}
     used = {name.split(".")[0] for path in FILES for _, name in imports(ast.parse(path.read_text()))}
     foreign = used - set(sys.stdlib_module_names) - {"qexp"}

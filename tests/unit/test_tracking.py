@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import struct
 import time
 from collections.abc import Iterator
@@ -152,6 +153,32 @@ def test_an_offline_run_holds_what_the_record_holds(tmp_path: Path) -> None:
     assert sorted(run.tags) == ["embedded", "quarot", "w4a4kv4"]
     assert run.notes == "one silent fallback"
     assert back["exit_code"] == 0
+
+
+def test_the_gap_and_the_name_of_the_bits_are_there_to_compare_by(tmp_path: Path) -> None:
+    config = RECORD["config"] | {"bits": {"name": "w3a16g64", "weight": 3}}
+    metrics = RECORD["metrics"] | {"fp/perplexity/generated": 12.0}
+    where = OFFLINE.publish({**RECORD, "config": config, "metrics": metrics}, CHOICES, "s", tmp_path, no_figures)
+    assert where is not None
+    back = read_back(Path(where))
+    assert back["summary"]["gap/generated"] == math.log(metrics["perplexity/generated"]) - math.log(12.0)
+    assert back["config"]["bits"] == "w3a16g64" and "w3a16g64" in back["run"].tags, "not w4a4kv4, which keys changed"
+
+
+def test_a_table_about_a_sweep_is_a_run_in_its_group(tmp_path: Path) -> None:
+    where = OFFLINE.tabulate("study", (["trial", "method"], [[3, "gptq"], [5, "rtn"]]), tmp_path)
+    assert where is not None
+    run = read_back(Path(where))["run"]
+    assert (run.display_name, run.run_group, run.job_type) == ("study", "study", "search")
+    table = json.loads(next((Path(where) / "files" / "media" / "table").glob("front*.json")).read_text())
+    assert table["columns"] == ["trial", "method"] and table["data"] == [[3, "gptq"], [5, "rtn"]]
+
+
+def test_a_table_that_cannot_be_shown_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert OFFLINE.tabulate("study", (["trial"], [[1, "too many"]]), tmp_path) is None
+    assert "the files on disk are complete" in caplog.text
+    NoTracking().tabulate("study", (["trial"], []), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_blocks_and_figures_become_curves_a_table_and_images(tmp_path: Path) -> None:
