@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 SAMPLERS = ("tpe", "nsga2", "random")
 MOST_DEATHS = 3  # of workers over one trial; then it is the trial
 MOST_FAILURES = 5  # without a single success; then it is the search
+MOST_REPEATS = 3  # that a sampler may draw in a row; then chance draws: in a small space a model is sure of itself
 MOST_DRAWS = 60  # of settings that were there before; then the space is exhausted
 
 
@@ -123,8 +124,8 @@ class Desk:
 
         Each draw has a generator of its own: a study that was interrupted goes on as if it had not been.
         """
-        stuck = attempt > MOST_DRAWS // 2
-        self.study.sampler = sampler_of("random" if stuck else self.sampler, self.seed, len(every))
+        name = self.sampler if attempt < MOST_REPEATS else "random"
+        self.study.sampler = sampler_of(name, self.seed, len(every))
         trial = self.study.ask()
         for key, value in {"worker": worker, "host": socket.gethostname(), "pid": os.getpid()}.items():
             trial.set_user_attr(key, value)
