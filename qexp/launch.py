@@ -27,7 +27,7 @@ from qexp.engine.streams import MICRO_TOKENS
 from qexp.eval.evaluation import Evaluation
 from qexp.models.load import ModelSource
 from qexp.ownership import BUSY
-from qexp.report import plots, published
+from qexp.report import published
 from qexp.report import record as records
 from qexp.tracking.progress import track
 from qexp.tracking.wandb import Tracker
@@ -118,14 +118,6 @@ def recording(work: Run, config: Mapping[str, Any], asked: Sequence[str]) -> Ite
     finally:
         logging.getLogger("qexp").removeHandler(collector)
         sweep_index.ended(work.folder)
-
-
-def publish(work: Run, setup: Setup, choices: Mapping[str, str], sweep: str | None) -> None:
-    """Show the record on disk to the tracker; whatever happens here, the record stays."""
-    stored = records.read(work.folder / records.FILE_NAME)
-    where = setup.tracking.publish(stored, choices, sweep, Path(setup.output_dir), lambda: plots.figures([stored]))
-    if where:
-        log.info("W&B run: %s", where if "://" in where else f"{where} (offline; `wandb sync` uploads it)")
 
 
 def write(work: Run, config: Mapping[str, Any], measured: Mapping[str, Any]) -> None:

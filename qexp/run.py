@@ -13,9 +13,10 @@ from qexp.core.cache import in_use
 from qexp.engine.checks import check_method, check_model
 from qexp.engine.context import Run
 from qexp.engine.packing import check_packable
-from qexp.launch import Setup, begin, publish, recording, write
+from qexp.launch import Setup, begin, recording, write
 from qexp.ownership import check_failed_before, is_finished, owned
 from qexp.packed_run import contenders
+from qexp.publication import is_published, publish
 from qexp.tracking.wandb import driven_by_agent
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def run(config: dict[str, Any], choices: Mapping[str, str], sweep: str | None, a
     with owned(work, resume=setup.resume, busy=setup.busy):
         if is_finished(work):
             log.info("finished before, nothing to do (resume=false repeats it): %s", work.folder)
-            if driven_by_agent():
+            if driven_by_agent() or not is_published(work):
                 publish(work, setup, choices, sweep)
             return work.folder
         if sweep and not setup.retry:

@@ -165,3 +165,20 @@ def test_a_sweep_killed_at_any_time_ends_whole(tiny_folder: Path, tmp_path: Path
     now = completed(tmp_path)
     assert {run: now[run] for run in seen} == seen and len(now) == 16
     assert len(index(tmp_path)) == 16 and {line["status"] for line in index(tmp_path)} == {"completed"}
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_the_tracker_had_it_is_shown_by_the_next_command(tiny_folder: Path, tmp_path: Path) -> None:
+    words = [*tiny(tiny_folder, tmp_path, "method=rtn", "eval=none"), "tracking=offline"]
+    kill = """
+import os, signal
+import qexp.run
+qexp.run.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from qexp.cli import main
+main()
+"""
+    assert process(*words, script=kill).code == -signal.SIGKILL
+    assert len(completed(tmp_path)) == 1 and not list(tmp_path.glob("wandb/offline-run-*"))
+    for _ in range(2):
+        assert command(*words).code == 0
+        assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
