@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qexp.report.rows import Row
@@ -19,9 +20,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+PANELS = 12  # of a figure
+
+
+def figures(lines: Sequence[Row]) -> dict[str, Callable[[], Figure | None]]:
+    """Return what draws the rows of each model and bits that have errors, by name ``blocks/<model>/<bits>``."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in lines:
+        if any(layer["error"] is not None for block in row.runs[0]["blocks"] for layer in block["layers"]):
+            groups[f"blocks/{row.model}/{row.bits}"].append(row)
+    return {_name(name, len(rows)): partial(draw, rows) for name, rows in groups.items()}
+
+
+def _name(name: str, rows: int) -> str:
+    return name if rows <= PANELS else f"{name}/the {PANELS} rows of lowest perplexity of {rows}"
+
+
 def draw(lines: Sequence[Row]) -> Figure | None:
-    """Draw one panel per row, blocks across and layers down; None where no row has errors."""
-    grids = [(row, *grid) for row in lines if (grid := _grid(row))]
+    """Draw one panel per row, blocks across and layers down, ``PANELS`` at most; None where no row has errors."""
+    grids = [(row, *grid) for row in lines[:PANELS] if (grid := _grid(row))]
     values = [value for _, _, cells in grids for line in cells for value in line if value > 0]  # NaN compares false
     if not values:
         return None

@@ -125,7 +125,7 @@ def page(folder: Path, lines: list[rows.Row]) -> str:
 def test_the_page_is_complete_escaped_and_small(page: str) -> None:
     seen = Strict()
     seen.feed(page)
-    assert seen.open == [] and seen.scripts == 1
+    assert seen.open == [] and seen.scripts == 2  # the data and the program
     assert len(seen.ids) == len(set(seen.ids))
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in seen.links)
     assert {link[1:] for link in seen.links if link.startswith("#")} <= set(seen.ids)

@@ -1,0 +1,329 @@
+"use strict";
+// The report as a tool: filters, order, a pinned baseline and points that say their name. All of it progressive: the
+// table is complete without this script. What is chosen stands in the address, so that a view can be linked.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const $ = (id) => document.getElementById(id);
+  const table = $("table"), body = table.tBodies[0];
+  const heads = [...table.tHead.rows[0].cells], lines = [...body.rows];
+  const points = [...document.querySelectorAll(".point")], folds = [...$("folds").children];
+  const PLAIN = ["method", "bits", "model", "status"], CONFIG = "config.";
+  const state = { sort: "", baseline: "", q: "", theme: "", picked: new Map() };  // picked: facet -> Set of values
+
+  function make(tag, attributes = {}, ...children) {
+    const made = Object.assign(document.createElement(tag), attributes);
+    made.append(...children);
+    return made;
+  }
+
+  // ---- Which rows are shown
+  const shown = (value) => value === undefined ? "–" : typeof value === "string" ? value : JSON.stringify(value);
+  function values(row, key) {
+    if (!key.startsWith(CONFIG)) return [row[key]];
+    return row.runs.map((i) => shown(data.runs[i].config[key.slice(CONFIG.length)]));
+  }
+
+  const texts = [];  // what the free text looks at, by place; emptied when a verdict changes
+  const textOf = (i) => texts[i] ??= lines[i].textContent.toLowerCase();
+
+  function apply() {
+    const words = state.q.toLowerCase().split(/\s+/).filter(Boolean), picked = [...state.picked];
+    data.rows.forEach((row, i) => {
+      const kept = picked.every(([key, wanted]) => values(row, key).some((value) => wanted.has(value)))
+        && words.every((word) => textOf(i).includes(word));
+      lines[i].hidden = !kept;
+      for (const run of row.runs) folds[run].hidden = !kept;
+    });
+    for (const point of points) point.classList.toggle("faded", lines[point.dataset.row].hidden);
+    roots.forEach(enter);
+    tell();
+  }
+
+  function tell() {
+    const rows = lines.filter((line) => !line.hidden), count = {};
+    if (state.baseline) for (const cell of rows.flatMap((line) => verdicts.map((at) => line.cells[at]))) {
+      if (!"–baseline".includes(cell.textContent)) count[cell.textContent] = (count[cell.textContent] ?? 0) + 1;
+    }
+    const told = Object.entries(count).map(([verdict, n]) => `${n} ${verdict}`).join(", ");
+    $("told").textContent = `${rows.length} of ${lines.length} rows`
+      + (state.baseline ? `; against ${nameOf(state.baseline)}: ${told || "nothing to compare"}` : "")
+      + (queue.length ? " …" : ".");
+  }
+
+  // ---- Facets: checkboxes of the values a key has
+  function facet(key) {
+    const count = new Map();
+    for (const row of data.rows) for (const value of new Set(values(row, key))) count.set(value, (count.get(value) ?? 0) + 1);
+    const title = key.replace(CONFIG, "");
+    const order = [...count].sort(([a], [b]) => collator.compare(a, b));
+    const boxes = order.map(([value, n]) => make("label", {}, make("input", { type: "checkbox", value, name: key }), value,
+      make("span", { className: "quiet" }, `${n}`)));
+    const made = make("details", { className: "facet", name: "facet" }, make("summary", {}, title),
+      make("fieldset", { ariaLabel: title }, ...boxes));
+    made.dataset.key = key;
+    made.addEventListener("change", () => {
+      const wanted = new Set([...made.querySelectorAll(":checked")].map((box) => box.value));
+      wanted.size ? state.picked.set(key, wanted) : state.picked.delete(key);
+      mark(made);
+      changed();
+    });
+    $("facets").append(made);
+    return made;
+  }
+
+  function mark(made) {
+    const { key } = made.dataset, wanted = state.picked.get(key);
+    made.classList.toggle("picked", Boolean(wanted));
+    made.firstElementChild.textContent = key.replace(CONFIG, "") + (wanted ? `: ${[...wanted].join(", ").slice(0, 40)}` : "");
+    for (const box of made.querySelectorAll("input")) box.checked = Boolean(wanted?.has(box.value));
+  }
+
+  const facetOf = (key) => [...$("facets").children].find((made) => made.dataset.key === key) ?? facet(key);
+
+  // ---- Order
+  const collator = new Intl.Collator(undefined, { numeric: true });
+  const compare = (a, b) => typeof a === "number" ? a - b : collator.compare(a, b);
+  function sort() {
+    const descending = state.sort.startsWith("-"), key = state.sort.slice(descending ? 1 : 0);
+    const at = heads.findIndex((head) => head.dataset.key === key), sign = descending ? -1 : 1;
+    heads.forEach((head) => head.removeAttribute("aria-sort"));
+    const numeric = heads[at]?.classList.contains("number");
+    const keyed = lines.map((line, i) => {
+      const text = at < 0 ? i : line.cells[at].dataset.sort ?? "";
+      return [text === "" ? null : numeric ? Number(text) : text, line];
+    });
+    keyed.sort(([a], [b]) => a === null || b === null ? (a === null) - (b === null) : sign * compare(a, b));
+    body.append(...keyed.map(([, line]) => line));
+    heads[at]?.setAttribute("aria-sort", descending ? "descending" : "ascending");
+  }
+
+  // ---- The baseline: a method at each row's model and bits, or "@id", one row against all of its model
+  const columns = Object.fromEntries(data.sets.map((set) => [set, ["ratio", "versus", "verdict"].map(
+    (kind) => heads.findIndex((head) => head.dataset.key === `${kind}/${set}`))]).filter(([, at]) => at[1] >= 0));
+  const verdicts = Object.values(columns).map((at) => at[2]);
+  const isBase = (row) => state.baseline[0] === "@" ? row.id === state.baseline.slice(1)
+    : row.method === state.baseline || row.name === state.baseline;
+  const nameOf = (baseline) => data.rows.find((row) => `@${row.id}` === baseline)?.label ?? baseline;
+  let queue = [];
+
+  function pin() {
+    table.classList.toggle("unpinned", !state.baseline);
+    texts.length = 0;
+    const bases = data.rows.filter((row) => row.status !== "failed" && isBase(row));
+    queue = data.rows.flatMap((row, i) => {
+      const base = row.status === "failed" ? undefined : bases.find((other) => other.model === row.model
+        && (state.baseline[0] === "@" || other.float || other.bits === row.bits));
+      lines[i].classList.toggle("base", row === base);
+      lines[i].querySelector(".pin")?.setAttribute("aria-pressed", state.baseline === `@${row.id}`);
+      return Object.keys(columns).map((set) => [i, set, base]);
+    }).reverse();
+    hold(queue);
+  }
+
+  function hold(mine) {  // in slices, so that a thousand rows do not freeze the page
+    const until = performance.now() + 40;
+    while (queue === mine && mine.length && performance.now() < until) holdAgainst(...mine.pop());
+    if (queue !== mine) return;  // another baseline was chosen
+    if (mine.length) setTimeout(hold, 0, mine);
+    else if (/^-?(ratio|versus|verdict)\//.test(state.sort)) sort();
+    mine.length ? tell() : apply();
+  }
+
+  function holdAgainst(i, set, base) {
+    const row = data.rows[i], [ratio, versus, verdict] = columns[set].map((at) => lines[i].cells[at]);
+    const [gap, its] = [row.gap[set], base?.gap[set]];
+    put(ratio, its > 0 && typeof gap === "number" ? gap / its : null, (value) => `${value.toFixed(2)}×`);
+    const found = base && row !== base ? paired(row, base, set) : null;
+    put(versus, found?.mean ?? null, (mean) => found.low === found.high ? signed(mean)
+      : `${signed(mean)} [${signed(found.low)}, ${signed(found.high)}]`);
+    versus.title = base ? `against ${base.label}` : "";
+    const word = !base ? null : row === base ? "baseline" : !found ? "not paired"
+      : found.high < 0 ? "better" : found.low > 0 ? "worse" : "undecided";
+    put(verdict, word, (text) => text);
+    verdict.className = `text pinned ${word ?? ""}`;
+  }
+
+  function put(cell, value, text) {
+    cell.textContent = value === null ? "–" : text(value);
+    value === null ? delete cell.dataset.sort : cell.dataset.sort = value;
+  }
+  const signed = (value) => (value < 0 ? "" : "+") + value.toFixed(4);
+
+  // ---- The paired bootstrap, as qexp/report/bootstrap.py and compare.py have it, digit for digit
+  function paired(row, base, set) {
+    const [a, b] = [losses(row, set), losses(base, set)], [fp, other] = [row.fp[set], base.fp[set]];
+    const same = typeof fp !== "number" || typeof other !== "number" || Math.abs(fp - other) <= data.same * Math.abs(fp);
+    if (!a || a.length !== b?.length || a.length < 2 || !same) return null;
+    const n = a.length, delta = Float64Array.from(a, (loss, i) => loss - b[i]), places = draws(n);
+    const means = new Float64Array(data.resamples);
+    for (let r = 0, at = 0; r < means.length; r++) {
+      let sum = 0;
+      for (let i = 0; i < n; i++) sum += delta[places[at++]];
+      means[r] = sum / n;
+    }
+    means.sort();
+    const [low, high] = data.levels.map((level) => {
+      const at = level * (means.length - 1), below = Math.floor(at);
+      return means[below] + (at - below) * (means[below + 1] - means[below]);
+    });
+    return { mean: delta.reduce((sum, d) => sum + d, 0) / n, low, high };
+  }
+
+  const losses = (row, set) => {
+    if (typeof row.losses[set] === "string")
+      row.losses[set] = new Float32Array(Uint8Array.from(atob(row.losses[set]), (c) => c.charCodeAt(0)).buffer);
+    return row.losses[set];
+  };
+
+  const drawn = new Map();
+  function draws(n) {  // mulberry32 with seed 0
+    if (drawn.has(n)) return drawn.get(n);
+    const places = new Uint32Array(data.resamples * n);
+    for (let i = 0, a = 0; i < places.length; i++) {
+      a = (a + 0x6D2B79F5) | 0;
+      let t = Math.imul(a ^ (a >>> 15), a | 1);
+      t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
+      places[i] = ((t ^ (t >>> 14)) >>> 0) * n / 4294967296;
+    }
+    drawn.set(n, places);
+    return places;
+  }
+
+  // ---- One tab stop for many alike (pins of the table, points of a figure); arrows move within
+  const roots = [[body, ".pin"], ...[...document.querySelectorAll("figure:has(.point)")].map((each) => [each, ".point"])];
+  const stops = ([root, selector]) => [...root.querySelectorAll(selector)].filter((each) => !each.closest("[hidden], .faded"));
+  const enter = (root) => {
+    for (const old of root[0].querySelectorAll(`${root[1]}[tabindex="0"]`)) old.setAttribute("tabindex", -1);
+    stops(root)[0]?.setAttribute("tabindex", 0);
+  };
+  for (const root of roots) root[0].addEventListener("keydown", (event) => {
+    const step = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
+    const here = event.target.closest(root[1]);
+    if (!step || !here) return;
+    event.preventDefault();
+    const all = stops(root), next = all[all.indexOf(here) + step];
+    if (!next) return;
+    here.setAttribute("tabindex", -1);
+    next.setAttribute("tabindex", 0);
+    next.focus();
+  });
+
+  // ---- What a point says
+  function hint(event) {
+    const point = event.type === "keydown" ? null : event.target.closest?.(".point");
+    $("tip").hidden = !point;
+    if (!point) return;
+    const line = lines[point.dataset.row], at = point.getBoundingClientRect();
+    const said = Object.entries(columns).map(([set, [, versus, verdict]]) => !state.baseline ? ""
+      : `; ${line.cells[verdict].textContent} ${line.cells[versus].textContent} on ${set}`);
+    $("tip").textContent = point.getAttribute("aria-label") + said.join("");
+    const { width, height } = $("tip").getBoundingClientRect();
+    $("tip").style.left = `${Math.max(8, Math.min(at.x + at.width / 2 - width / 2, innerWidth - width - 8))}px`;
+    $("tip").style.top = `${at.y > height + 12 ? at.y - height - 8 : at.bottom + 8}px`;
+  }
+  for (const type of ["pointerover", "focusin"]) document.addEventListener(type, hint);
+
+  // ---- Details of a run, written when they are opened
+  $("folds").addEventListener("toggle", (event) => {
+    const fold = event.target;
+    if (!fold.open || fold.childElementCount > 1) return;
+    const run = data.runs[folds.indexOf(fold)];
+    const list = (facts) => make("dl", {}, ...Object.entries(facts).flatMap(
+      ([key, value]) => [make("dt", {}, key), make("dd", {}, shown(value))]));
+    const pre = (config) => make("pre", {}, Object.entries(config).map(([key, value]) => `${key}=${shown(value)}`).join("\n"));
+    if (run.error) fold.append(make("pre", { className: "error" }, run.error));
+    if (run.warnings.length) fold.append(make("h3", {}, "Warnings"), make("ul", {}, ...run.warnings.map((w) => make("li", {}, w))));
+    fold.append(make("h3", {}, "Cost and environment"), list({ ...run.facts, ...data.shared.facts }));
+    if (Object.keys(run.config).length) fold.append(make("h3", {}, "Config: what differs between runs"), pre(run.config));
+    fold.append(make("h3", {}, "Config: the same in all runs"), pre(data.shared.config));
+  }, true);
+
+  // ---- The address
+  function changed() {
+    const hash = new URLSearchParams();
+    for (const key of ["sort", "q", "theme"]) if (state[key]) hash.set(key, state[key]);
+    if (state.baseline !== data.baseline) hash.set("baseline", state.baseline);
+    for (const [key, wanted] of state.picked) for (const value of wanted) hash.append(key, value);
+    history.replaceState(null, "", `#${hash}`);
+    apply();
+  }
+
+  function choose(baseline) {
+    state.baseline = baseline;
+    if (baseline && ![...$("baseline").options].some((option) => option.value === baseline))
+      $("baseline").append(make("option", { value: baseline }, nameOf(baseline)));
+    $("baseline").value = baseline;
+    pin();
+  }
+
+  function restore() {
+    const hash = new URLSearchParams(location.hash.slice(1));
+    for (const key of ["sort", "q", "theme"]) state[key] = hash.get(key) ?? "";
+    state.picked = new Map();
+    for (const [key, value] of hash) if (PLAIN.includes(key) || key.startsWith(CONFIG))
+      state.picked.set(key, (state.picked.get(key) ?? new Set()).add(value));
+    [...state.picked.keys()].forEach(facetOf);
+    [...$("facets").children].forEach(mark);
+    $("search").value = state.q;
+    show();
+    choose(hash.get("baseline") ?? data.baseline);
+    sort();
+    apply();
+  }
+
+  function show() {
+    document.documentElement.dataset.theme = state.theme;
+    $("theme").value = state.theme;
+  }
+
+  // ---- Controls
+  for (const key of PLAIN) if (new Set(data.rows.map((row) => row[key])).size > 1) facet(key);
+  const methods = [...new Set(data.rows.filter((row) => row.status !== "failed").map((row) => row.method))];
+  $("baseline").append(...methods.map((method) => make("option", { value: method }, method)));
+  $("more").append(...data.settings.map((key) => make("option", { value: CONFIG + key }, key)));
+  $("more").parentElement.hidden = !data.settings.length;
+  $("baseline").addEventListener("change", (event) => { choose(event.target.value); changed(); });
+  $("search").addEventListener("input", (event) => { state.q = event.target.value; changed(); });
+  $("theme").addEventListener("change", (event) => { state.theme = event.target.value; show(); changed(); });
+  $("more").addEventListener("change", (event) => {
+    const made = facetOf(event.target.value);
+    event.target.value = "";
+    made.open = true;
+    made.firstElementChild.focus();
+  });
+  $("reset").addEventListener("click", () => {
+    Object.assign(state, { q: $("search").value = "", picked: new Map() });
+    [...$("facets").children].forEach(mark);
+    changed();
+  });
+  heads.forEach((head) => head.firstElementChild.addEventListener("click", () => {
+    state.sort = (head.getAttribute("aria-sort") === "ascending" ? "-" : "") + head.dataset.key;
+    sort();
+    changed();
+  }));
+  body.addEventListener("click", (event) => {
+    const line = event.target.closest(".pin")?.closest("tr");
+    if (!line) return;
+    const id = `@${data.rows[lines.indexOf(line)].id}`;
+    choose(state.baseline === id ? "" : id);
+    changed();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    hint(event);
+    const open = document.querySelector(".facet[open]");
+    if (open) { open.open = false; open.firstElementChild.focus(); }
+  });
+  document.addEventListener("pointerdown", (event) => {
+    for (const open of document.querySelectorAll(".facet[open]")) if (!open.contains(event.target)) open.open = false;
+  });
+  document.querySelector("nav").addEventListener("click", (event) => {  // the address holds the view, not the place
+    const target = document.querySelector(event.target.getAttribute("href") ?? "none");
+    if (!target) return;
+    event.preventDefault();
+    target.scrollIntoView();
+  });
+  for (const each of document.querySelectorAll(".scripted")) each.hidden = false;
+  addEventListener("hashchange", restore);
+  restore();
+})();
