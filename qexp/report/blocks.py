@@ -51,8 +51,12 @@ def draw(lines: Sequence[Row]) -> Figure | None:
     layers = max(len(names) for _, names, _ in grids)
     figure = new_figure(11.8, tall * (0.5 + 0.2 * layers) + 0.4)
     axes = figure.subplots(tall, wide, squeeze=False).ravel()
-    for ax, (row, names, cells) in zip(axes, grids, strict=False):
-        _panel(ax, row, names, cells, norm)
+    for i, (ax, (row, names, cells)) in enumerate(zip(axes, grids, strict=False)):
+        _panel(ax, row, cells, norm)
+        told = i % wide and names == grids[i - 1][1]  # by the panel to the left
+        ax.set_yticks(range(len(names)), [] if told else [literal(name) for name in names], fontsize=8)
+        if i + wide >= len(grids):
+            ax.set_xlabel("decoder block", color=INK, fontsize=8)
     for ax in axes[len(grids) :]:
         ax.set_axis_off()
     bar = figure.colorbar(axes[0].images[0], ax=list(axes), pad=0.012, fraction=0.02, aspect=max(10, 14 * tall))
@@ -62,14 +66,12 @@ def draw(lines: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def _panel(ax: Axes, row: Row, names: list[str], cells: list[list[float]], norm: LogNorm) -> None:
+def _panel(ax: Axes, row: Row, cells: list[list[float]], norm: LogNorm) -> None:
     from matplotlib.ticker import MaxNLocator
 
     plain_axes(ax)
     ax.imshow(cells, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
-    ax.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=8)
     ax.set_title(literal(row.label), loc="left", fontsize=10, color=INK)
-    ax.set_xlabel("decoder block", color=INK, fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -71,7 +71,9 @@ def _identity(rows: Sequence[Row]) -> Iterator[Column]:
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
     merged = len(keys) > _MOST_SETTINGS
     for key in keys:
-        yield replace(_text(f"setting/{key}", _looked_up("settings", key), key), csv_only=merged)
+        yield replace(
+            _text(f"setting/{key}", _looked_up("settings", key), key.removeprefix("method.")), csv_only=merged
+        )
     if merged:
         yield settings()
 
@@ -91,12 +93,12 @@ def _perplexity(rows: Sequence[Row]) -> Iterator[Column]:
 
 
 def _baseline(name: str, of: str) -> Iterator[Column]:
-    about = "gap divided by the baseline's gap"
-    yield _number(f"ratio/{name}", f"gap ratio{of}", "{:.2f}×", about, spare=3, pinned=True)
-    about = "log perplexity minus the baseline's, nats, paired 95 % interval; negative is better"
-    yield _number(f"versus/{name}", f"vs baseline{of}", "{:+.4f}", about, spread=True, pinned=True)
     about = "better or worse than the baseline where the 95 % interval excludes zero, else undecided"
     yield replace(_text(f"verdict/{name}", _verdict(name), f"verdict{of}", spare=1), help=about, pinned=True)
+    about = "log perplexity minus the baseline's, nats, paired 95 % interval; negative is better"
+    yield _number(f"versus/{name}", f"vs baseline{of}", "{:+.4f}", about, spread=True, pinned=True)
+    about = "gap divided by the baseline's gap"
+    yield _number(f"ratio/{name}", f"gap ratio{of}", "{:.2f}×", about, spare=3, pinned=True)
 
 
 def _verdict(name: str) -> Callable[[Row], str | None]:

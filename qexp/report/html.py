@@ -22,6 +22,7 @@ from qexp.report.style import INK
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SCRIPTS = ("bootstrap.js", "points.js", "report.js")
 _TITLES = {
     "pareto": "Quality over size",
     "blocks": "Error per block",
@@ -49,7 +50,7 @@ def render(records: Sequence[Record], lines: Sequence[Row], baseline: str | None
         count={"runs": len(records), "failed": sum(r["status"] == "failed" for r in records)},
         models=", ".join(dict.fromkeys(row.model for row in lines)),
         style=_file("report.css"),
-        script=_file("report.js"),
+        script="".join(map(_file, SCRIPTS)),
         data=payload.script(payload.build(lines, baseline)),
         baseline=baseline,
         resamples=bootstrap.RESAMPLES,
@@ -66,7 +67,8 @@ def render(records: Sequence[Record], lines: Sequence[Row], baseline: str | None
 def svg(figure: Figure, prefix: str, names: Mapping[int, str] | None = None) -> str:
     """Return ``figure`` as an inline SVG element that scales with the page, its ids made unique by ``prefix``.
 
-    What has the ``gid`` ``row-<place>`` becomes a point that can take the focus, under the name of its row.
+    What has the ``gid`` ``row-<place>`` becomes a point that can take the focus, under the name of its row;
+    ``label-<place>`` is text beside it.
     """
     import matplotlib
 
@@ -74,8 +76,10 @@ def svg(figure: Figure, prefix: str, names: Mapping[int, str] | None = None) -> 
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": prefix}):
         figure.savefig(out, format="svg", transparent=True, dpi=110, metadata={"Date": None, "Creator": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
+    text = re.sub(r">\s+<", "><", text)  # a browser makes a node of each line break, half of all
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r'<g id="row-(\d+)">', lambda found: _point(int(found[1]), names or {}), text)
+    text = re.sub(r'<g id="label-(\d+)">', r'<g class="name" data-row="\1">', text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     return re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="max-width:\2pt"', text, count=1)
 

@@ -164,7 +164,7 @@ def _name_points(ax: Axes, points: Sequence[Point]) -> None:
     """Write methods beside points: all of a few, of many only those on the frontier."""
     best = {place for line in _frontiers(points) for place in line}
     named = points if len(points) <= _LABELLED else [point for point in points if point[1:] in best]
-    labels.place(ax, [(x, y, literal(row.method)) for row, x, y in named], INK)
+    labels.place(ax, [(x, y, literal(row.method), f"label-{row.place}") for row, x, y in named], INK)
 
 
 def _widen(ax: Axes) -> None:

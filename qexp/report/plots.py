@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Figures of each kind, in this order. Drawing one takes up to a second and a surface 60 kB; the tables say the rest.
-LIMITS = {"pareto": 8, "blocks": 8, "allocation": 4, "inputs": 4, "losses": 4, "activations": 24}
+LIMITS = {"pareto": 8, "blocks": 6, "allocation": 4, "inputs": 4, "losses": 4, "activations": 24}
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:

@@ -6,7 +6,7 @@
   const $ = (id) => document.getElementById(id);
   const table = $("table"), body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells], lines = [...body.rows];
-  const points = [...document.querySelectorAll(".point")], folds = [...$("folds").children];
+  const marks = [...document.querySelectorAll("[data-row]")], folds = [...$("folds").children];
   const PLAIN = ["method", "bits", "model", "status"], CONFIG = "config.";
   const state = { sort: "", baseline: "", q: "", theme: "", picked: new Map() };  // picked: facet -> Set of values
 
@@ -34,8 +34,8 @@
       lines[i].hidden = !kept;
       for (const run of row.runs) folds[run].hidden = !kept;
     });
-    for (const point of points) point.classList.toggle("faded", lines[point.dataset.row].hidden);
-    roots.forEach(enter);
+    for (const mark of marks) mark.classList.toggle("faded", lines[mark.dataset.row].hidden);
+    for (const enter of roving) enter();
     tell();
   }
 
@@ -64,14 +64,14 @@
     made.addEventListener("change", () => {
       const wanted = new Set([...made.querySelectorAll(":checked")].map((box) => box.value));
       wanted.size ? state.picked.set(key, wanted) : state.picked.delete(key);
-      mark(made);
+      label(made);
       changed();
     });
     $("facets").append(made);
     return made;
   }
 
-  function mark(made) {
+  function label(made) {
     const { key } = made.dataset, wanted = state.picked.get(key);
     made.classList.toggle("picked", Boolean(wanted));
     made.firstElementChild.textContent = key.replace(CONFIG, "") + (wanted ? `: ${[...wanted].join(", ").slice(0, 40)}` : "");
@@ -104,6 +104,7 @@
   const isBase = (row) => state.baseline[0] === "@" ? row.id === state.baseline.slice(1)
     : row.method === state.baseline || row.name === state.baseline;
   const nameOf = (baseline) => data.rows.find((row) => `@${row.id}` === baseline)?.label ?? baseline;
+  const paired = pairing(data);
   let queue = [];
 
   function pin() {
@@ -149,79 +150,11 @@
   }
   const signed = (value) => (value < 0 ? "" : "+") + value.toFixed(4);
 
-  // ---- The paired bootstrap, as qexp/report/bootstrap.py and compare.py have it, digit for digit
-  function paired(row, base, set) {
-    const [a, b] = [losses(row, set), losses(base, set)], [fp, other] = [row.fp[set], base.fp[set]];
-    const same = typeof fp !== "number" || typeof other !== "number" || Math.abs(fp - other) <= data.same * Math.abs(fp);
-    if (!a || a.length !== b?.length || a.length < 2 || !same) return null;
-    const n = a.length, delta = Float64Array.from(a, (loss, i) => loss - b[i]), places = draws(n);
-    const means = new Float64Array(data.resamples);
-    for (let r = 0, at = 0; r < means.length; r++) {
-      let sum = 0;
-      for (let i = 0; i < n; i++) sum += delta[places[at++]];
-      means[r] = sum / n;
-    }
-    means.sort();
-    const [low, high] = data.levels.map((level) => {
-      const at = level * (means.length - 1), below = Math.floor(at);
-      return means[below] + (at - below) * (means[below + 1] - means[below]);
-    });
-    return { mean: delta.reduce((sum, d) => sum + d, 0) / n, low, high };
-  }
-
-  const losses = (row, set) => {
-    if (typeof row.losses[set] === "string")
-      row.losses[set] = new Float32Array(Uint8Array.from(atob(row.losses[set]), (c) => c.charCodeAt(0)).buffer);
-    return row.losses[set];
-  };
-
-  const drawn = new Map();
-  function draws(n) {  // mulberry32 with seed 0
-    if (drawn.has(n)) return drawn.get(n);
-    const places = new Uint32Array(data.resamples * n);
-    for (let i = 0, a = 0; i < places.length; i++) {
-      a = (a + 0x6D2B79F5) | 0;
-      let t = Math.imul(a ^ (a >>> 15), a | 1);
-      t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
-      places[i] = ((t ^ (t >>> 14)) >>> 0) * n / 4294967296;
-    }
-    drawn.set(n, places);
-    return places;
-  }
-
-  // ---- One tab stop for many alike (pins of the table, points of a figure); arrows move within
-  const roots = [[body, ".pin"], ...[...document.querySelectorAll("figure:has(.point)")].map((each) => [each, ".point"])];
-  const stops = ([root, selector]) => [...root.querySelectorAll(selector)].filter((each) => !each.closest("[hidden], .faded"));
-  const enter = (root) => {
-    for (const old of root[0].querySelectorAll(`${root[1]}[tabindex="0"]`)) old.setAttribute("tabindex", -1);
-    stops(root)[0]?.setAttribute("tabindex", 0);
-  };
-  for (const root of roots) root[0].addEventListener("keydown", (event) => {
-    const step = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
-    const here = event.target.closest(root[1]);
-    if (!step || !here) return;
-    event.preventDefault();
-    const all = stops(root), next = all[all.indexOf(here) + step];
-    if (!next) return;
-    here.setAttribute("tabindex", -1);
-    next.setAttribute("tabindex", 0);
-    next.focus();
-  });
-
-  // ---- What a point says
-  function hint(event) {
-    const point = event.type === "keydown" ? null : event.target.closest?.(".point");
-    $("tip").hidden = !point;
-    if (!point) return;
-    const line = lines[point.dataset.row], at = point.getBoundingClientRect();
-    const said = Object.entries(columns).map(([set, [, versus, verdict]]) => !state.baseline ? ""
-      : `; ${line.cells[verdict].textContent} ${line.cells[versus].textContent} on ${set}`);
-    $("tip").textContent = point.getAttribute("aria-label") + said.join("");
-    const { width, height } = $("tip").getBoundingClientRect();
-    $("tip").style.left = `${Math.max(8, Math.min(at.x + at.width / 2 - width / 2, innerWidth - width - 8))}px`;
-    $("tip").style.top = `${at.y > height + 12 ? at.y - height - 8 : at.bottom + 8}px`;
-  }
-  for (const type of ["pointerover", "focusin"]) document.addEventListener(type, hint);
+  // ---- Points of the figures
+  const figures = [...document.querySelectorAll("figure:has(.point)")];
+  const roving = [rove(body, ".pin"), ...figures.map((figure) => rove(figure, ".point"))];
+  hints($("tip"), (i) => !state.baseline ? "" : Object.entries(columns).map(([set, [, versus, verdict]]) =>
+    `; ${lines[i].cells[verdict].textContent} ${lines[i].cells[versus].textContent} on ${set}`).join(""));
 
   // ---- Details of a run, written when they are opened
   $("folds").addEventListener("toggle", (event) => {
@@ -263,7 +196,7 @@
     for (const [key, value] of hash) if (PLAIN.includes(key) || key.startsWith(CONFIG))
       state.picked.set(key, (state.picked.get(key) ?? new Set()).add(value));
     [...state.picked.keys()].forEach(facetOf);
-    [...$("facets").children].forEach(mark);
+    [...$("facets").children].forEach(label);
     $("search").value = state.q;
     show();
     choose(hash.get("baseline") ?? data.baseline);
@@ -293,7 +226,7 @@
   });
   $("reset").addEventListener("click", () => {
     Object.assign(state, { q: $("search").value = "", picked: new Map() });
-    [...$("facets").children].forEach(mark);
+    [...$("facets").children].forEach(label);
     changed();
   });
   heads.forEach((head) => head.firstElementChild.addEventListener("click", () => {
@@ -310,7 +243,6 @@
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
-    hint(event);
     const open = document.querySelector(".facet[open]");
     if (open) { open.open = false; open.firstElementChild.focus(); }
   });
@@ -321,6 +253,8 @@
     const target = document.querySelector(event.target.getAttribute("href") ?? "none");
     if (!target) return;
     event.preventDefault();
+    target.tabIndex = -1;
+    target.focus();
     target.scrollIntoView();
   });
   for (const each of document.querySelectorAll(".scripted")) each.hidden = false;
