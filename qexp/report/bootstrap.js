@@ -3,7 +3,8 @@
 function pairing(data) {
   function paired(row, base, set) {
     const [a, b] = [losses(row, set), losses(base, set)], [fp, other] = [row.fp[set], base.fp[set]];
-    const same = typeof fp !== "number" || typeof other !== "number" || Math.abs(fp - other) <= data.same * Math.abs(fp);
+    const known = typeof fp === "number" && typeof other === "number";
+    const same = !known || Math.abs(fp - other) <= data.same * Math.abs(fp);
     if (!a || a.length !== b?.length || a.length < 2 || !same) return null;
     const n = a.length, delta = Float64Array.from(a, (loss, i) => loss - b[i]), places = draws(n);
     const means = new Float64Array(data.resamples);

@@ -22,7 +22,7 @@ from qexp.report.style import INK
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCRIPTS = ("bootstrap.js", "points.js", "report.js")
+SCRIPTS = ("bootstrap.js", "points.js", "details.js", "report.js")
 _TITLES = {
     "pareto": "Quality over size",
     "blocks": "Error per block",

@@ -3,8 +3,8 @@
 function rove(root, selector) {
   const stops = () => [...root.querySelectorAll(selector)].filter((each) => !each.closest("[hidden], .faded"));
   root.addEventListener("keydown", (event) => {
-    const here = event.target.closest(selector), all = stops(), at = all.indexOf(here);
-    const to = { ArrowDown: at + 1, ArrowRight: at + 1, ArrowUp: at - 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 };
+    const here = event.target.closest(selector), all = stops(), at = all.indexOf(here), end = all.length - 1;
+    const to = { ArrowDown: at + 1, ArrowRight: at + 1, ArrowUp: at - 1, ArrowLeft: at - 1, Home: 0, End: end };
     const next = here && all[to[event.key]];
     if (!next) return;
     event.preventDefault();

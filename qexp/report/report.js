@@ -10,14 +10,7 @@
   const PLAIN = ["method", "bits", "model", "status"], CONFIG = "config.";
   const state = { sort: "", baseline: "", q: "", theme: "", picked: new Map() };  // picked: facet -> Set of values
 
-  function make(tag, attributes = {}, ...children) {
-    const made = Object.assign(document.createElement(tag), attributes);
-    made.append(...children);
-    return made;
-  }
-
   // ---- Which rows are shown
-  const shown = (value) => value === undefined ? "–" : typeof value === "string" ? value : JSON.stringify(value);
   function values(row, key) {
     if (!key.startsWith(CONFIG)) return [row[key]];
     return row.runs.map((i) => shown(data.runs[i].config[key.slice(CONFIG.length)]));
@@ -41,9 +34,8 @@
 
   function tell() {
     const rows = lines.filter((line) => !line.hidden), count = {};
-    if (state.baseline) for (const cell of rows.flatMap((line) => verdicts.map((at) => line.cells[at]))) {
-      if (!"–baseline".includes(cell.textContent)) count[cell.textContent] = (count[cell.textContent] ?? 0) + 1;
-    }
+    for (const word of state.baseline ? rows.flatMap((line) => verdicts.map((at) => line.cells[at].textContent)) : [])
+      if (word !== "–" && word !== "baseline") count[word] = (count[word] ?? 0) + 1;
     const told = Object.entries(count).map(([verdict, n]) => `${n} ${verdict}`).join(", ");
     $("told").textContent = `${rows.length} of ${lines.length} rows`
       + (state.baseline ? `; against ${nameOf(state.baseline)}: ${told || "nothing to compare"}` : "")
@@ -53,11 +45,12 @@
   // ---- Facets: checkboxes of the values a key has
   function facet(key) {
     const count = new Map();
-    for (const row of data.rows) for (const value of new Set(values(row, key))) count.set(value, (count.get(value) ?? 0) + 1);
+    for (const value of data.rows.flatMap((row) => [...new Set(values(row, key))]))
+      count.set(value, (count.get(value) ?? 0) + 1);
     const title = key.replace(CONFIG, "");
     const order = [...count].sort(([a], [b]) => collator.compare(a, b));
-    const boxes = order.map(([value, n]) => make("label", {}, make("input", { type: "checkbox", value, name: key }), value,
-      make("span", { className: "quiet" }, `${n}`)));
+    const boxes = order.map(([value, n]) => make("label", {}, make("input", { type: "checkbox", value, name: key }),
+      value, make("span", { className: "quiet" }, `${n}`)));
     const made = make("details", { className: "facet", name: "facet" }, make("summary", {}, title),
       make("fieldset", { ariaLabel: title }, ...boxes));
     made.dataset.key = key;
@@ -74,7 +67,8 @@
   function label(made) {
     const { key } = made.dataset, wanted = state.picked.get(key);
     made.classList.toggle("picked", Boolean(wanted));
-    made.firstElementChild.textContent = key.replace(CONFIG, "") + (wanted ? `: ${[...wanted].join(", ").slice(0, 40)}` : "");
+    made.firstElementChild.textContent = key.replace(CONFIG, "")
+      + (wanted ? `: ${[...wanted].join(", ").slice(0, 40)}` : "");
     for (const box of made.querySelectorAll("input")) box.checked = Boolean(wanted?.has(box.value));
   }
 
@@ -150,26 +144,12 @@
   }
   const signed = (value) => (value < 0 ? "" : "+") + value.toFixed(4);
 
-  // ---- Points of the figures
+  // ---- Points of the figures, details of the runs
   const figures = [...document.querySelectorAll("figure:has(.point)")];
   const roving = [rove(body, ".pin"), ...figures.map((figure) => rove(figure, ".point"))];
+  details($("folds"), data);
   hints($("tip"), (i) => !state.baseline ? "" : Object.entries(columns).map(([set, [, versus, verdict]]) =>
     `; ${lines[i].cells[verdict].textContent} ${lines[i].cells[versus].textContent} on ${set}`).join(""));
-
-  // ---- Details of a run, written when they are opened
-  $("folds").addEventListener("toggle", (event) => {
-    const fold = event.target;
-    if (!fold.open || fold.childElementCount > 1) return;
-    const run = data.runs[folds.indexOf(fold)];
-    const list = (facts) => make("dl", {}, ...Object.entries(facts).flatMap(
-      ([key, value]) => [make("dt", {}, key), make("dd", {}, shown(value))]));
-    const pre = (config) => make("pre", {}, Object.entries(config).map(([key, value]) => `${key}=${shown(value)}`).join("\n"));
-    if (run.error) fold.append(make("pre", { className: "error" }, run.error));
-    if (run.warnings.length) fold.append(make("h3", {}, "Warnings"), make("ul", {}, ...run.warnings.map((w) => make("li", {}, w))));
-    fold.append(make("h3", {}, "Cost and environment"), list({ ...run.facts, ...data.shared.facts }));
-    if (Object.keys(run.config).length) fold.append(make("h3", {}, "Config: what differs between runs"), pre(run.config));
-    fold.append(make("h3", {}, "Config: the same in all runs"), pre(data.shared.config));
-  }, true);
 
   // ---- The address
   function changed() {
