@@ -22,7 +22,7 @@ from qexp.report.style import INK
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCRIPTS = ("bootstrap.js", "points.js", "details.js", "report.js")
+SCRIPTS = ("bootstrap.js", "points.js", "details.js", "filters.js", "report.js")
 _TITLES = {
     "pareto": "Quality over size",
     "blocks": "Error per block",
@@ -57,10 +57,10 @@ def render(records: Sequence[Record], lines: Sequence[Row], baseline: str | None
         summary=compare.summary(lines),
         columns=shown,
         facts=facts,
-        rows=[{"failed": row.failed, "label": row.label, "cells": list(_cells(row, shown, widest))} for row in lines],
+        rows=[_line(row, shown, widest) for row in lines],
         sections=_figures(lines),
         published=list(_published(lines)),
-        runs=[_heading(run) for row in lines for run in row.runs],
+        runs=[_heading(run) | {"beyond": row.place >= payload.MOST} for row in lines for run in row.runs],
     )
 
 
@@ -73,7 +73,7 @@ def svg(figure: Figure, prefix: str, names: Mapping[int, str] | None = None) -> 
     import matplotlib
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": prefix}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
         figure.savefig(out, format="svg", transparent=True, dpi=110, metadata={"Date": None, "Creator": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
     text = re.sub(r">\s+<", "><", text)  # a browser makes a node of each line break, half of all
@@ -91,6 +91,11 @@ def _point(place: int, names: Mapping[int, str]) -> str:
 
 def _file(name: str) -> str:
     return resources.files("qexp.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _line(row: Row, columns: Sequence[Column], widest: Mapping[tuple[str, str], float]) -> dict[str, Any]:
+    cells = list(_cells(row, columns, widest))
+    return {"beyond": row.place >= payload.MOST, "failed": row.failed, "label": row.label, "cells": cells}
 
 
 def _cells(row: Row, columns: Sequence[Column], widest: Mapping[tuple[str, str], float]) -> Iterator[dict[str, Any]]:

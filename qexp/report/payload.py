@@ -11,6 +11,8 @@ from qexp.report import bootstrap, compare
 from qexp.report.record import Record
 from qexp.report.rows import Row, flatten, sets
 
+MOST = 200  # rows the table shows at first: laying out a thousand takes a browser longer than all else
+
 
 def build(lines: Sequence[Row], baseline: str | None) -> dict[str, Any]:
     """Return plain data; the runs stand in the order of their rows, and ``shared`` holds what all of them have."""
@@ -24,6 +26,7 @@ def build(lines: Sequence[Row], baseline: str | None) -> dict[str, Any]:
         "resamples": bootstrap.RESAMPLES,
         "levels": bootstrap.LEVELS,
         "same": compare.SAME_WINDOWS,
+        "most": MOST,
         "sets": sets(lines, "perplexity"),
         "settings": sorted({key for own in config for key in own} & known),
         "shared": {"config": configs, "facts": facts},

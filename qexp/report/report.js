@@ -5,77 +5,45 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
   const table = $("table"), body = table.tBodies[0];
-  const heads = [...table.tHead.rows[0].cells], lines = [...body.rows];
+  document.querySelectorAll(".beyond").forEach((each) => each.classList.remove("beyond"));
+  const heads = [...table.tHead.rows[0].cells];
+  const lines = [...body.rows], place = new Map(lines.map((line, i) => [line, i]));
   const marks = [...document.querySelectorAll("[data-row]")], folds = [...$("folds").children];
-  const PLAIN = ["method", "bits", "model", "status"], CONFIG = "config.";
-  const state = { sort: "", baseline: "", q: "", theme: "", picked: new Map() };  // picked: facet -> Set of values
+  const state = { sort: "", baseline: "", q: "", theme: "", all: "", picked: new Map() };
 
   // ---- Which rows are shown
-  function values(row, key) {
-    if (!key.startsWith(CONFIG)) return [row[key]];
-    return row.runs.map((i) => shown(data.runs[i].config[key.slice(CONFIG.length)]));
-  }
-
+  const facets = filters($("facets"), $("more"), data, state, changed);
   const texts = [];  // what the free text looks at, by place; emptied when a verdict changes
   const textOf = (i) => texts[i] ??= lines[i].textContent.toLowerCase();
+  let kept = [];  // by place: whether a row passes all filters
 
   function apply() {
     const words = state.q.toLowerCase().split(/\s+/).filter(Boolean), picked = [...state.picked];
+    kept = data.rows.map((row, i) => words.every((word) => textOf(i).includes(word))
+      && picked.every(([key, wanted]) => facets.values(row, key).some((value) => wanted.has(value))));
+    const passed = [...body.rows].filter((line) => kept[place.get(line)]);
+    const first = new Set(passed.slice(0, state.all ? Infinity : data.most));
     data.rows.forEach((row, i) => {
-      const kept = picked.every(([key, wanted]) => values(row, key).some((value) => wanted.has(value)))
-        && words.every((word) => textOf(i).includes(word));
-      lines[i].hidden = !kept;
-      for (const run of row.runs) folds[run].hidden = !kept;
+      lines[i].hidden = !first.has(lines[i]);
+      for (const run of row.runs) folds[run].hidden = lines[i].hidden;
     });
-    for (const mark of marks) mark.classList.toggle("faded", lines[mark.dataset.row].hidden);
+    for (const mark of marks) mark.classList.toggle("faded", !kept[mark.dataset.row]);
     for (const enter of roving) enter();
-    tell();
+    tell(first.size);
   }
 
-  function tell() {
-    const rows = lines.filter((line) => !line.hidden), count = {};
+  function tell(size) {
+    const rows = lines.filter((line, i) => kept[i]), count = {};
     for (const word of state.baseline ? rows.flatMap((line) => verdicts.map((at) => line.cells[at].textContent)) : [])
       if (word !== "–" && word !== "baseline") count[word] = (count[word] ?? 0) + 1;
     const told = Object.entries(count).map(([verdict, n]) => `${n} ${verdict}`).join(", ");
     $("told").textContent = `${rows.length} of ${lines.length} rows`
-      + (state.baseline ? `; against ${nameOf(state.baseline)}: ${told || "nothing to compare"}` : "")
-      + (queue.length ? " …" : ".");
+      + (state.baseline ? `; against ${nameOf(state.baseline)}: ${told || "nothing to compare"}.` : ".");
+    $("all").parentElement.hidden = size === rows.length;
+    $("beyond").textContent = `The table and the runs show the first ${size} of ${rows.length} rows.`;
   }
-
-  // ---- Facets: checkboxes of the values a key has
-  function facet(key) {
-    const count = new Map();
-    for (const value of data.rows.flatMap((row) => [...new Set(values(row, key))]))
-      count.set(value, (count.get(value) ?? 0) + 1);
-    const title = key.replace(CONFIG, "");
-    const order = [...count].sort(([a], [b]) => collator.compare(a, b));
-    const boxes = order.map(([value, n]) => make("label", {}, make("input", { type: "checkbox", value, name: key }),
-      value, make("span", { className: "quiet" }, `${n}`)));
-    const made = make("details", { className: "facet", name: "facet" }, make("summary", {}, title),
-      make("fieldset", { ariaLabel: title }, ...boxes));
-    made.dataset.key = key;
-    made.addEventListener("change", () => {
-      const wanted = new Set([...made.querySelectorAll(":checked")].map((box) => box.value));
-      wanted.size ? state.picked.set(key, wanted) : state.picked.delete(key);
-      label(made);
-      changed();
-    });
-    $("facets").append(made);
-    return made;
-  }
-
-  function label(made) {
-    const { key } = made.dataset, wanted = state.picked.get(key);
-    made.classList.toggle("picked", Boolean(wanted));
-    made.firstElementChild.textContent = key.replace(CONFIG, "")
-      + (wanted ? `: ${[...wanted].join(", ").slice(0, 40)}` : "");
-    for (const box of made.querySelectorAll("input")) box.checked = Boolean(wanted?.has(box.value));
-  }
-
-  const facetOf = (key) => [...$("facets").children].find((made) => made.dataset.key === key) ?? facet(key);
 
   // ---- Order
-  const collator = new Intl.Collator(undefined, { numeric: true });
   const compare = (a, b) => typeof a === "number" ? a - b : collator.compare(a, b);
   function sort() {
     const descending = state.sort.startsWith("-"), key = state.sort.slice(descending ? 1 : 0);
@@ -103,7 +71,6 @@
 
   function pin() {
     table.classList.toggle("unpinned", !state.baseline);
-    texts.length = 0;
     const bases = data.rows.filter((row) => row.status !== "failed" && isBase(row));
     queue = data.rows.flatMap((row, i) => {
       const base = row.status === "failed" ? undefined : bases.find((other) => other.model === row.model
@@ -111,24 +78,32 @@
       lines[i].classList.toggle("base", row === base);
       lines[i].querySelector(".pin")?.setAttribute("aria-pressed", state.baseline === `@${row.id}`);
       return Object.keys(columns).map((set) => [i, set, base]);
-    }).reverse();
-    hold(queue);
+    });
+    hold(queue, []);
   }
 
-  function hold(mine) {  // in slices, so that a thousand rows do not freeze the page
+  function hold(mine, found) {  // in slices, so that a thousand rows do not freeze the page
     const until = performance.now() + 40;
-    while (queue === mine && mine.length && performance.now() < until) holdAgainst(...mine.pop());
+    for (let next; (next = mine[found.length]) && performance.now() < until;) {
+      const [i, set, base] = next, row = data.rows[i];
+      found.push(base && row !== base ? paired(row, base, set) : null);
+    }
     if (queue !== mine) return;  // another baseline was chosen
-    if (mine.length) setTimeout(hold, 0, mine);
-    else if (/^-?(ratio|versus|verdict)\//.test(state.sort)) sort();
-    mine.length ? tell() : apply();
+    if (found.length < mine.length) {
+      $("told").textContent = `Comparing: ${found.length} of ${mine.length} …`;
+      setTimeout(hold, 0, mine, found);
+      return;
+    }
+    found.forEach((difference, n) => write(...mine[n], difference));
+    texts.length = 0;
+    if (/^-?(ratio|versus|verdict)\//.test(state.sort)) sort();
+    apply();
   }
 
-  function holdAgainst(i, set, base) {
+  function write(i, set, base, found) {
     const row = data.rows[i], [ratio, versus, verdict] = columns[set].map((at) => lines[i].cells[at]);
     const [gap, its] = [row.gap[set], base?.gap[set]];
     put(ratio, its > 0 && typeof gap === "number" ? gap / its : null, (value) => `${value.toFixed(2)}×`);
-    const found = base && row !== base ? paired(row, base, set) : null;
     put(versus, found?.mean ?? null, (mean) => found.low === found.high ? signed(mean)
       : `${signed(mean)} [${signed(found.low)}, ${signed(found.high)}]`);
     versus.title = base ? `against ${base.label}` : "";
@@ -154,7 +129,7 @@
   // ---- The address
   function changed() {
     const hash = new URLSearchParams();
-    for (const key of ["sort", "q", "theme"]) if (state[key]) hash.set(key, state[key]);
+    for (const key of ["sort", "q", "theme", "all"]) if (state[key]) hash.set(key, state[key]);
     if (state.baseline !== data.baseline) hash.set("baseline", state.baseline);
     for (const [key, wanted] of state.picked) for (const value of wanted) hash.append(key, value);
     history.replaceState(null, "", `#${hash}`);
@@ -166,21 +141,20 @@
     if (baseline && ![...$("baseline").options].some((option) => option.value === baseline))
       $("baseline").append(make("option", { value: baseline }, nameOf(baseline)));
     $("baseline").value = baseline;
-    pin();
+    if (baseline || data.baseline || queue.length) pin();
   }
 
   function restore() {
     const hash = new URLSearchParams(location.hash.slice(1));
-    for (const key of ["sort", "q", "theme"]) state[key] = hash.get(key) ?? "";
+    for (const key of ["sort", "q", "theme", "all"]) state[key] = hash.get(key) ?? "";
     state.picked = new Map();
-    for (const [key, value] of hash) if (PLAIN.includes(key) || key.startsWith(CONFIG))
+    for (const [key, value] of hash) if (facets.knows(key))
       state.picked.set(key, (state.picked.get(key) ?? new Set()).add(value));
-    [...state.picked.keys()].forEach(facetOf);
-    [...$("facets").children].forEach(label);
+    facets.label();
     $("search").value = state.q;
     show();
-    choose(hash.get("baseline") ?? data.baseline);
     sort();
+    choose(hash.get("baseline") ?? data.baseline);
     apply();
   }
 
@@ -190,23 +164,15 @@
   }
 
   // ---- Controls
-  for (const key of PLAIN) if (new Set(data.rows.map((row) => row[key])).size > 1) facet(key);
   const methods = [...new Set(data.rows.filter((row) => row.status !== "failed").map((row) => row.method))];
   $("baseline").append(...methods.map((method) => make("option", { value: method }, method)));
-  $("more").append(...data.settings.map((key) => make("option", { value: CONFIG + key }, key)));
-  $("more").parentElement.hidden = !data.settings.length;
   $("baseline").addEventListener("change", (event) => { choose(event.target.value); changed(); });
   $("search").addEventListener("input", (event) => { state.q = event.target.value; changed(); });
   $("theme").addEventListener("change", (event) => { state.theme = event.target.value; show(); changed(); });
-  $("more").addEventListener("change", (event) => {
-    const made = facetOf(event.target.value);
-    event.target.value = "";
-    made.open = true;
-    made.firstElementChild.focus();
-  });
+  $("all").addEventListener("click", () => { state.all = "rows"; changed(); });
   $("reset").addEventListener("click", () => {
     Object.assign(state, { q: $("search").value = "", picked: new Map() });
-    [...$("facets").children].forEach(label);
+    facets.label();
     changed();
   });
   heads.forEach((head) => head.firstElementChild.addEventListener("click", () => {
@@ -217,17 +183,9 @@
   body.addEventListener("click", (event) => {
     const line = event.target.closest(".pin")?.closest("tr");
     if (!line) return;
-    const id = `@${data.rows[lines.indexOf(line)].id}`;
+    const id = `@${data.rows[place.get(line)].id}`;
     choose(state.baseline === id ? "" : id);
     changed();
-  });
-  document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape") return;
-    const open = document.querySelector(".facet[open]");
-    if (open) { open.open = false; open.firstElementChild.focus(); }
-  });
-  document.addEventListener("pointerdown", (event) => {
-    for (const open of document.querySelectorAll(".facet[open]")) if (!open.contains(event.target)) open.open = false;
   });
   document.querySelector("nav").addEventListener("click", (event) => {  // the address holds the view, not the place
     const target = document.querySelector(event.target.getAttribute("href") ?? "none");
