@@ -62,6 +62,9 @@ def _panels(panels: Sequence[tuple[str, list[Point]]], *, alike: bool = False) -
         _panel(ax, points, styles)
         _scale(ax, [y for each in values for y in each] if alike else values[i])
         ax.set_title(title, loc="left", fontsize=11, color=INK)
+        last = not alike or i + wide >= len(panels)  # of its column: it has the labels
+        ax.tick_params(axis="x", labelbottom=last)
+        ax.set_xlabel("bits per weight, all that is stored" if last else "", color=INK)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     _legend(figure, styles)
@@ -126,7 +129,6 @@ def _panel(ax: Axes, points: Sequence[Point], styles: dict[str, dict[str, str]])
         ax.plot([x], [y], linestyle="none", markersize=8, alpha=0.9, gid=f"row-{row.place}", **look)
     for line in _frontiers(points):
         ax.plot(*zip(*line, strict=True), color=INK, linewidth=1, alpha=0.55, zorder=1)
-    ax.set_xlabel("bits per weight, all that is stored", color=INK)
     ax.grid(visible=True, color=INK, alpha=0.16, linewidth=0.6)
 
 

@@ -27,6 +27,7 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 RECORDS, SECONDS = 1008, 2.0
+PAPER = 1032  # pixels across A4 on its side, within the margins
 
 pytestmark = [
     pytest.mark.slow,
@@ -133,7 +134,11 @@ def cells(page: Page, key: str) -> list[tuple[str, float | None]]:
 
 
 def choices(page: Page) -> dict[str, list[str]]:
-    return parse_qs(page.url.partition("#")[2], keep_blank_values=True)
+    return parse_qs(here(page).partition("#")[2], keep_blank_values=True)
+
+
+def here(page: Page) -> str:
+    return str(page.evaluate("location.href"))  # page.url is told of it later
 
 
 def pick(page: Page, facet: str, *values: str) -> None:
@@ -276,13 +281,13 @@ def test_a_link_brings_the_view_back(page: Page, address: str) -> None:
     page.select_option("#baseline", "gptq")
     page.select_option("#theme", "dark")
     page.click("th[data-key='verdict/generated'] button")
-    before = shown(page), cells(page, "verdict/generated"), page.inner_text("#told"), page.url
+    before = shown(page), cells(page, "verdict/generated"), page.inner_text("#told"), here(page)
     page.goto("about:blank")
     page.goto(before[-1])
-    assert (shown(page), cells(page, "verdict/generated"), page.inner_text("#told"), page.url) == before
+    assert (shown(page), cells(page, "verdict/generated"), page.inner_text("#told"), here(page)) == before
     assert page.input_value("#search") == "embedded" and page.input_value("#baseline") == "gptq"
     page.click("nav a[href='#runs']")
-    assert page.url == before[-1], "a jump keeps the view"
+    assert here(page) == before[-1], "a jump keeps the view"
 
 
 def test_the_baseline_of_the_command_is_pinned_and_can_be_unpinned(
@@ -358,6 +363,7 @@ def test_everything_is_done_without_a_mouse(page: Page, address: str) -> None:
     page.goto(address)
     page.locator(".facet[data-key=method] summary").focus()
     page.keyboard.press("Enter")
+    page.locator(".facet[data-key=method] fieldset").wait_for()
     for key in ("Tab", "Tab", "Space"):  # the second box of fp16, gptq, ..
         page.keyboard.press(key)
     assert choices(page)["method"] == ["gptq"]
@@ -374,6 +380,7 @@ def test_everything_is_done_without_a_mouse(page: Page, address: str) -> None:
     assert page.locator("#told").inner_text().count("against gptq") == 1
     page.locator("#folds summary:visible").first.focus()
     page.keyboard.press("Enter")
+    page.locator("#folds details[open] pre").last.wait_for()
     assert page.locator("#folds details[open] pre").count() == 2
     assert "method.name=gptq" in page.locator("#folds details[open] pre").first.inner_text()
 
@@ -388,6 +395,7 @@ def test_text_can_be_read_in_both_schemes(page: Page, address: str, scheme: str,
         page.select_option("#theme", scheme)
         assert choices(page)["theme"] == [scheme]
     page.locator("#folds details:visible").last.locator("summary").click()
+    page.locator("#folds pre").last.wait_for()
     page.click(".facet[data-key=bits] summary")
     page.locator(".point:not(.faded)").first.dispatch_event("pointerover")
     found = page.evaluate(CONTRASTS)
@@ -400,6 +408,7 @@ def test_text_can_be_read_in_both_schemes(page: Page, address: str, scheme: str,
 def test_paper_has_the_rows_that_are_shown_and_no_controls(page: Page, address: str) -> None:
     page.goto(f"{address}#method=quarot&baseline=gptq&theme=dark")
     rows_on_screen = shown(page)
+    page.set_viewport_size({"width": PAPER, "height": 700})
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(29, 32, 37)"
     for control in (".tools", "nav", ".theme", ".pin >> nth=0"):
@@ -417,6 +426,7 @@ def test_a_hostile_name_stays_text(page: Page, address: str) -> None:
     pick(page, "method", examples.UGLY)
     assert shown(page) == [(examples.UGLY, "w4a16")]
     page.locator("#folds details", has_text="alert").locator("summary").click()
+    page.locator("#folds ul").wait_for()
     assert page.locator("script, #folds b").count() == 2
     assert "fell back to <b>CPU</b>" in page.inner_text("#folds")
 

@@ -99,7 +99,16 @@ def test_several_models_are_panels_of_one_figure_on_equal_axes() -> None:
     assert len(names) == 2
     axes = drawn[names[0]].axes
     assert [ax.get_title(loc="left").split(" (")[0] for ax in axes] == ["embedded", "other"]
+    assert all(ax.xaxis.get_tick_params()["labelbottom"] for ax in axes)
     assert axes[0].get_xlim() == axes[1].get_xlim() and axes[0].get_ylim() == axes[1].get_ylim()
+
+
+def test_the_last_panel_of_each_column_has_the_labels() -> None:
+    gaps = {"rtn": 0.2, "gptq": 0.1}
+    runs = [examples.record(name, "w4a16", gap, model=f"m{i}") for i in range(3) for name, gap in gaps.items()]
+    figure = next(iter(plots.figures(runs).values()))
+    assert [bool(ax.get_xlabel()) for ax in figure.axes] == [False, True, True, False]
+    assert [ax.xaxis.get_tick_params()["labelbottom"] for ax in figure.axes[:3]] == [False, True, True]
 
 
 def test_figures_are_bounded_and_the_page_says_which_were_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
