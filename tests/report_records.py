@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -18,6 +19,8 @@ STAGES: dict[str, dict[str, list[str]]] = {
     "quarot": {"transform": ["fold_norm", "hadamard"], "grid": ["integer"], "solver": ["gptq"]},
     "smoothquant": {"transform": ["smooth"], "grid": ["integer"], "solver": ["rtn"]},
 }
+GAPS = {"w4a16": 0.01, "w3a16g128": 0.04, "w4a4kv4": 0.2}
+OTHER = (("rtn", "w4a16", 0.03), ("gptq", "w4a16", 0.01), ("quarot", "w4a16", 0.02))
 BITS = {"w4a16": (4, 16, 16, -1), "w3a16g128": (3, 16, 16, 128), "w4a4kv4": (4, 4, 4, -1), "w16": (16, 16, 16, -1)}
 
 
@@ -126,6 +129,29 @@ def study() -> list[Record]:
     with_activations(runs[9])
     runs[8]["warnings"] = ["token limit clipped to 512"]
     return [*runs, failed(), diverged()]
+
+
+def models() -> list[Record]:
+    """The study, and a second model without the float row; one of its rows has another window count."""
+    others = [record(m, b, gap, model="other") for m, b, gap in OTHER]
+    assert "window_losses" in others[-1]
+    others[-1]["window_losses"]["generated"].pop()
+    return [*study(), *others]
+
+
+def many(settings: int = 21) -> list[Record]:
+    """48 times ``settings`` records: four models, three bits, four methods, so many numbers of samples."""
+    runs = []
+    factors = {"rtn": 2.0, "gptq": 1.0, "quarot": 0.7, "smoothquant": 1.5}
+    for model, bits, (method, factor), i in itertools.product(
+        ("embedded", "llama3_8b", "qwen3_0_6b", "mistral_7b"), GAPS, factors.items(), range(settings)
+    ):
+        run = record(method, bits, GAPS[bits] * factor * (1 + i / 40), model=model, noise=i)
+        run["config"]["calibration"]["samples"] = 8 * (i + 1)
+        run["fingerprint"] = f"{len(runs):012x}"
+        run["name"] += f"-{i}"
+        runs.append(run)
+    return runs
 
 
 def _member(kind: str, name: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qexp.report.rows import Row
@@ -12,15 +13,14 @@ from qexp.report.style import INK, literal, new_figure, plain_axes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LIMIT = 4  # figures
 PLACE = re.compile(r"\.(\d+)\.(?:.*\.)?(\w+)$")  # block, and the layer's own name
 
 
-def figures(lines: Sequence[Row]) -> dict[str, Figure]:
-    """Return one figure for each row whose bits were measured, by name ``allocation/<model>/<row>``."""
+def figures(lines: Sequence[Row]) -> dict[str, Callable[[], Figure]]:
+    """Return what draws each row whose bits were measured, by name ``allocation/<model>/<row>``."""
     every = {f"allocation/{row.model}/{row.label}": row.runs[0].get("diagnostics", {}) for row in lines}
     found = {name: told["allocation"] for name, told in every.items() if told.get("allocation")}
-    return {name: draw(told) for name, told in list(found.items())[:LIMIT]}
+    return {name: partial(draw, told) for name, told in found.items()}
 
 
 def table(bits: Mapping[str, int]) -> tuple[list[int], list[str], dict[tuple[int, str], int]]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qexp.report.rows import Row
@@ -19,9 +20,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+PANELS = 12  # of a figure
+
+
+def figures(lines: Sequence[Row]) -> dict[str, Callable[[], Figure | None]]:
+    """Return what draws the rows of each model and bits that have errors, by name ``blocks/<model>/<bits>``."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in lines:
+        if any(layer["error"] is not None for block in row.runs[0]["blocks"] for layer in block["layers"]):
+            groups[f"blocks/{row.model}/{row.bits}"].append(row)
+    return {_name(name, len(rows)): partial(draw, rows) for name, rows in groups.items()}
+
+
+def _name(name: str, rows: int) -> str:
+    return name if rows <= PANELS else f"{name}/the {PANELS} rows of lowest perplexity of {rows}"
+
+
 def draw(lines: Sequence[Row]) -> Figure | None:
-    """Draw one panel per row, blocks across and layers down; None where no row has errors."""
-    grids = [(row, *grid) for row in lines if (grid := _grid(row))]
+    """Draw one panel per row, blocks across and layers down, ``PANELS`` at most; None where no row has errors."""
+    grids = [(row, *grid) for row in lines[:PANELS] if (grid := _grid(row))]
     values = [value for _, _, cells in grids for line in cells for value in line if value > 0]  # NaN compares false
     if not values:
         return None
@@ -34,8 +51,12 @@ def draw(lines: Sequence[Row]) -> Figure | None:
     layers = max(len(names) for _, names, _ in grids)
     figure = new_figure(11.8, tall * (0.5 + 0.2 * layers) + 0.4)
     axes = figure.subplots(tall, wide, squeeze=False).ravel()
-    for ax, (row, names, cells) in zip(axes, grids, strict=False):
-        _panel(ax, row, names, cells, norm)
+    for i, (ax, (row, names, cells)) in enumerate(zip(axes, grids, strict=False)):
+        _panel(ax, row, cells, norm)
+        told = i % wide and names == grids[i - 1][1]  # by the panel to the left
+        ax.set_yticks(range(len(names)), [] if told else [literal(name) for name in names], fontsize=8)
+        if i + wide >= len(grids):
+            ax.set_xlabel("decoder block", color=INK, fontsize=8)
     for ax in axes[len(grids) :]:
         ax.set_axis_off()
     bar = figure.colorbar(axes[0].images[0], ax=list(axes), pad=0.012, fraction=0.02, aspect=max(10, 14 * tall))
@@ -45,14 +66,12 @@ def draw(lines: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def _panel(ax: Axes, row: Row, names: list[str], cells: list[list[float]], norm: LogNorm) -> None:
+def _panel(ax: Axes, row: Row, cells: list[list[float]], norm: LogNorm) -> None:
     from matplotlib.ticker import MaxNLocator
 
     plain_axes(ax)
     ax.imshow(cells, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
-    ax.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=8)
     ax.set_title(literal(row.label), loc="left", fontsize=10, color=INK)
-    ax.set_xlabel("decoder block", color=INK, fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

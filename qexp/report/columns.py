@@ -30,12 +30,21 @@ class Column:
     help: str = ""
     csv_only: bool = False
     spare: int = 0  # a narrow terminal drops the columns of highest number first, those of 0 never
+    pinned: bool = False  # of a baseline, which a page may choose later
 
 
-def find(rows: Sequence[Row]) -> list[Column]:
-    """Return every column that has a value in at least one of ``rows``, identity first, status last."""
+def find(rows: Sequence[Row], *, pinned: bool = False) -> list[Column]:
+    """Return every column that has a value in at least one of ``rows``, identity first, status last.
+
+    ``pinned`` keeps the columns of a baseline that was not chosen yet, for sets whose windows were recorded.
+    """
     every = [*_identity(rows), *_perplexity(rows), *_agreement(rows), *_size_and_cost(), *_outcome()]
-    return [column for column in every if any(column.text(row) != ABSENT for row in rows)]
+    scored = {name for row in rows for run in row.runs for name in run.get("window_losses", {})} if pinned else set()
+    return [
+        column
+        for column in every
+        if any(column.text(row) != ABSENT for row in rows) or (column.pinned and column.key.partition("/")[2] in scored)
+    ]
 
 
 def settings() -> Column:
@@ -50,7 +59,8 @@ def settings() -> Column:
 def split_constant(visible: Sequence[Column], rows: Sequence[Row]) -> tuple[list[Column], list[str]]:
     """Return the columns whose values differ between rows, and the others as ``title: text``."""
     texts = {column.key: {column.text(row) for row in rows} - {ABSENT} for column in visible}
-    kept = [column for column in visible if len(rows) == 1 or len(texts[column.key]) > 1 or column.key == "method"]
+    always = {column.key for column in visible if len(rows) == 1 or column.key == "method" or column.pinned}
+    kept = [column for column in visible if len(texts[column.key]) > 1 or column.key in always]
     return kept, [f"{column.title}: {min(texts[column.key])}" for column in visible if column not in kept]
 
 
@@ -62,7 +72,9 @@ def _identity(rows: Sequence[Row]) -> Iterator[Column]:
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
     merged = len(keys) > _MOST_SETTINGS
     for key in keys:
-        yield replace(_text(f"setting/{key}", _looked_up("settings", key), key), csv_only=merged)
+        yield replace(
+            _text(f"setting/{key}", _looked_up("settings", key), key.removeprefix("method.")), csv_only=merged
+        )
     if merged:
         yield settings()
 
@@ -75,12 +87,29 @@ def _perplexity(rows: Sequence[Row]) -> Iterator[Column]:
             yield _bound(f"perplexity/{name}/ci95", i, end)
         about = "log perplexity minus that of the float model, nats; lower is better"
         yield _number(f"gap/{name}", f"gap{of}", "{:+.4f}", about, spread=True)
-        yield _number(f"ratio/{name}", f"gap ratio{of}", "{:.2f}×", "gap divided by the baseline's gap", spare=3)
-        about = "log perplexity minus the baseline's, nats, paired 95 % interval; negative is better"
-        yield _number(f"versus/{name}", f"vs baseline{of}", "{:+.4f}", about, spread=True)
+        yield from _baseline(name, of)
         yield _raw(f"versus/{name}/low", _looked_up("low", f"versus/{name}"))
         yield _raw(f"versus/{name}/high", _looked_up("high", f"versus/{name}"))
         yield from _published(f"perplexity/{name}", f"published{of}")
+
+
+def _baseline(name: str, of: str) -> Iterator[Column]:
+    about = "better or worse than the baseline where the 95 % interval excludes zero, else undecided"
+    yield replace(_text(f"verdict/{name}", _verdict(name), f"verdict{of}", spare=1), help=about, pinned=True)
+    about = "log perplexity minus the baseline's, nats, paired 95 % interval; negative is better"
+    yield _number(f"versus/{name}", f"vs baseline{of}", "{:+.4f}", about, spread=True, pinned=True)
+    about = "gap divided by the baseline's gap"
+    yield _number(f"ratio/{name}", f"gap ratio{of}", "{:.2f}×", about, spare=3, pinned=True)
+
+
+def _verdict(name: str) -> Callable[[Row], str | None]:
+    def verdict(row: Row) -> str | None:
+        low, high = (ends.get(f"versus/{name}") for ends in (row.low, row.high))
+        if low is None or high is None:
+            return None
+        return "better" if high < 0 else "worse" if low > 0 else "undecided"
+
+    return verdict
 
 
 def _agreement(rows: Sequence[Row]) -> Iterator[Column]:

@@ -1,8 +1,8 @@
 """Does A beat B? The paired bootstrap over windows, and what it says about a set of rows.
 
 Both runs scored the same windows, so the difference of their losses per window has far less noise than either
-perplexity: d = mean(loss_A - loss_B) in nats is exactly the difference of their log perplexities. Windows are drawn
-with replacement; the interval is the 2.5 % and 97.5 % quantile of the mean. Source: Efron & Tibshirani 1993, ch. 13.
+perplexity: d = mean(loss_A - loss_B) in nats is exactly the difference of their log perplexities. The HTML report
+compares by the same rules, in report.js.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qexp.core.errors import UserError, nearest
+from qexp.report import bootstrap
 from qexp.report.rows import Row, sets
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESAMPLES = 4000
-_SAME_WINDOWS = 1e-4  # relative: two runs whose float model has the same perplexity scored the same windows
+SAME_WINDOWS = 1e-4  # relative: two runs whose float model has the same perplexity scored the same windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,7 @@ def paired(ours: Row, theirs: Row, name: str) -> Difference | None:
 
     Losses of several seeds are averaged per window first. Needs two windows at least.
     """
-    import numpy as np
-
-    a, b = _losses(ours, name), _losses(theirs, name)
+    a, b = losses(ours, name), losses(theirs, name)
     if a is None or b is None:
         return None
     if len(a) != len(b) or len(a) < 2 or not _same_reference(ours, theirs, name):
@@ -56,10 +54,8 @@ def paired(ours: Row, theirs: Row, name: str) -> Difference | None:
         )
         return None
     delta = a - b
-    rng = np.random.default_rng(0)  # fixed: a report of the same records is the same report
-    draws = delta[rng.integers(0, len(delta), size=(RESAMPLES, len(delta)))].mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Difference(mean=float(delta.mean()), low=float(low), high=float(high), windows=len(delta))
+    low, high = bootstrap.interval(delta)
+    return Difference(mean=float(delta.mean()), low=low, high=high, windows=len(delta))
 
 
 def against(rows: Sequence[Row], baseline: str) -> None:
@@ -137,19 +133,19 @@ def _hold_against(row: Row, base: Row) -> None:
             row.metrics[key], row.low[key], row.high[key] = difference.mean, difference.low, difference.high
 
 
-def _losses(row: Row, name: str) -> NDArray[np.float64] | None:
+def losses(row: Row, name: str) -> NDArray[np.float64] | None:
     """Return the loss per window [windows], float64, averaged over seeds; None where a run lacks one."""
     import numpy as np
 
     each: list[Mapping[str, list[float | None]]] = [run.get("window_losses", {}) for run in row.runs]
-    if any(not losses.get(name) or None in losses[name] for losses in each):
+    if any(not scored.get(name) or None in scored[name] for scored in each):
         return None
-    if len({len(losses[name]) for losses in each}) > 1:
+    if len({len(scored[name]) for scored in each}) > 1:
         return None
-    mean: NDArray[np.float64] = np.asarray([losses[name] for losses in each], dtype=np.float64).mean(axis=0)
+    mean: NDArray[np.float64] = np.asarray([scored[name] for scored in each], dtype=np.float64).mean(axis=0)
     return mean
 
 
 def _same_reference(ours: Row, theirs: Row, name: str) -> bool:
     a, b = (row.metrics.get(f"fp/perplexity/{name}") for row in (ours, theirs))
-    return a is None or b is None or abs(a - b) <= _SAME_WINDOWS * abs(a)
+    return a is None or b is None or abs(a - b) <= SAME_WINDOWS * abs(a)

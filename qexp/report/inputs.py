@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qexp.report.rows import Row
@@ -19,13 +20,12 @@ PANELS = {
     "sqnr_db": "signal / quantization noise, dB",
 }
 BEFORE, AFTER = "#8a8f98", "#c4422f"
-LIMIT = 4  # figures; the tables of a sweep say the rest
 
 
-def figures(lines: Sequence[Row]) -> dict[str, Figure]:
-    """Return one figure for each row that transforms activations, by name ``inputs/<model>/<row>``."""
+def figures(lines: Sequence[Row]) -> dict[str, Callable[[], Figure]]:
+    """Return what draws each row that transforms activations, by name ``inputs/<model>/<row>``."""
     chosen = [row for row in lines if transforms(row) and entries(row)]
-    return {f"inputs/{row.model}/{row.label}": draw(entries(row)) for row in chosen[:LIMIT]}
+    return {f"inputs/{row.model}/{row.label}": partial(draw, entries(row)) for row in chosen}
 
 
 def entries(row: Row) -> list[Any]:

@@ -16,14 +16,17 @@ _DIRECTIONS = 16
 _LEADER_FROM = 18  # points; a name further off gets a line to its marker
 
 
-def place(ax: Axes, names: Sequence[tuple[float, float, str]], colour: str) -> None:
-    """Write (x, y, text) beside its point, upper points first; one without room is left out.
+Name = tuple[float, float, str, str]  # x, y, text, and the gid that a page may find it by
+
+
+def place(ax: Axes, names: Sequence[Name], colour: str) -> None:
+    """Write each text beside its point, upper points first; one without room is left out.
 
     The figure's layout and limits must be final: room is measured in pixels.
     """
     if not names:
         return
-    pixels = ax.transData.transform([(x, y) for x, y, _ in names])
+    pixels = ax.transData.transform([(x, y) for x, y, *_ in names])
     taken = [*_drawn(ax), *(text.get_window_extent() for text in ax.texts)]
     for i in sorted(range(len(names)), key=lambda i: -pixels[i][1]):
         spot = _write(ax, names[i], colour, taken)
@@ -43,16 +46,16 @@ def _drawn(ax: Axes) -> Iterator[Bbox]:
             yield from (_box(x, y, 1) for x, y in start + steps * (end - start))
 
 
-def _write(ax: Axes, name: tuple[float, float, str], colour: str, taken: Sequence[Bbox]) -> Bbox | None:
-    x, y, text = name
-    note = ax.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=colour)
+def _write(ax: Axes, name: Name, colour: str, taken: Sequence[Bbox]) -> Bbox | None:
+    x, y, text, gid = name
+    note = ax.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=colour, gid=gid)
     frame = ax.get_window_extent()
     for dx, dy in _offsets():
         note.set(position=(dx, dy), ha=_align(dx), va="center")
         spot = note.get_window_extent().padded(1.5)
         inside = frame.x0 < spot.x0 and spot.x1 < frame.x1 and frame.y0 < spot.y0 and spot.y1 < frame.y1
         if inside and not any(spot.overlaps(other) for other in taken):
-            _lead(ax, (x, y), (dx, dy), colour)
+            _lead(ax, name, (dx, dy), colour)
             return spot
     note.remove()
     return None
@@ -73,7 +76,7 @@ def _align(dx: float) -> str:
     return "center" if abs(dx) < 3 else "left" if dx > 0 else "right"
 
 
-def _lead(ax: Axes, point: tuple[float, float], offset: tuple[float, float], colour: str) -> None:
+def _lead(ax: Axes, name: Name, offset: tuple[float, float], colour: str) -> None:
     if math.hypot(*offset) < _LEADER_FROM:
         return
     arrow: dict[str, Any] = {
@@ -83,8 +86,9 @@ def _lead(ax: Axes, point: tuple[float, float], offset: tuple[float, float], col
         "alpha": 0.7,
         "shrinkB": 4,
         "shrinkA": 1,
+        "gid": name[3],
     }
-    ax.annotate("", point, xytext=offset, textcoords="offset points", arrowprops=arrow)
+    ax.annotate("", name[:2], xytext=offset, textcoords="offset points", arrowprops=arrow)
 
 
 def _box(x: float, y: float, half: float) -> Bbox:

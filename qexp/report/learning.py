@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +16,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LIMIT = 4  # figures; W&B has the curves of every run
 WINDOW = 0.12  # of the steps: what a thick line is the mean of; batches differ more than steps help
 MEASURES = {
     "plain": ("plain rounding", INK, ":"), "start": ("start", PALETTE[1], "--"), "best": ("kept", PALETTE[0], "-"),
 }  # fmt: skip
 
 
-def figures(lines: Sequence[Row]) -> dict[str, Figure]:
-    """Return one figure for each learned member of each row, by name ``losses/<model>/<row>/<member>``."""
-    found = [
-        (f"losses/{row.model}/{row.label}/{name}", each, measures(row.runs[0], name))
+def figures(lines: Sequence[Row]) -> dict[str, Callable[[], Figure]]:
+    """Return what draws each learned member of each row, by name ``losses/<model>/<row>/<member>``."""
+    return {
+        f"losses/{row.model}/{row.label}/{name}": partial(draw, each, measures(row.runs[0], name))
         for row in lines
         for name, each in curves(row.runs[0]).items()
-    ]
-    return {name: draw(each, told) for name, each, told in found[:LIMIT]}
+    }
 
 
 def measures(run: Mapping[str, Any], name: str) -> dict[int, Mapping[str, float]]:

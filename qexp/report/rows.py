@@ -44,6 +44,7 @@ class Row:
     high: dict[str, float] = field(default_factory=dict)
     stages: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
+    place: int = 0  # in the comparison, from 0
 
     @property
     def failed(self) -> bool:
@@ -71,7 +72,10 @@ def make(records: Sequence[Record], *, by_seed: bool = False) -> list[Row]:
     rows = [_row(tuple(group)) for group in groups.values()]
     _name_stages(rows)
     _name_settings(rows, by_seed=by_seed)
-    return sorted(rows, key=lambda row: (row.failed, row.model, row.bits, _rank(row)))
+    rows.sort(key=lambda row: (row.failed, row.model, row.bits, _rank(row)))
+    for place, row in enumerate(rows):
+        row.place = place
+    return rows
 
 
 def stages(method: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -178,7 +182,7 @@ def _name_settings(rows: list[Row], *, by_seed: bool) -> None:
     for row in rows:
         alike[(row.method, row.bits, row.model, *row.stages.values())].append(row)
     for group in alike.values():
-        flat = [dict(_flatten(row.runs[0]["config"], keep_seeds=by_seed)) for row in group]
+        flat = [dict(flatten(row.runs[0]["config"], keep_seeds=by_seed)) for row in group]
         shared = [key for key in flat[0] if all(key in config for config in flat)]
         columns = {key: tuple(str(config[key]) for config in flat) for key in shared}
         # An interpolated value (method.grid.group from bits.group) is the same column twice: the first name stays.
@@ -187,12 +191,13 @@ def _name_settings(rows: list[Row], *, by_seed: bool) -> None:
             row.settings = {key: values[i] for values, key in reversed(unique.items())}
 
 
-def _flatten(node: Any, *, keep_seeds: bool, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: Any, *, keep_seeds: bool, every: bool = False, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and value of each leaf of a resolved config; ``every`` key, or those that are settings."""
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
             path = f"{prefix}{key}"
-            if path not in _NOT_A_SETTING and (keep_seeds or key != "seed"):
-                yield from _flatten(value, keep_seeds=keep_seeds, prefix=f"{path}.")
+            if every or (path not in _NOT_A_SETTING and (keep_seeds or key != "seed")):
+                yield from flatten(value, keep_seeds=keep_seeds, every=every, prefix=f"{path}.")
     else:
         yield prefix.removesuffix("."), node
 

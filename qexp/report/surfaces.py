@@ -6,8 +6,8 @@ Source: the surfaces of QuaRot (arXiv:2404.00456, Fig. 1) and DuQuant (arXiv:240
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qexp.report.record import ActivationRecord
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-log = logging.getLogger(__name__)
-
-LIMIT = 24  # figures of about 60 kB; the report stays below 6 MB
 _CELLS = 96  # per side; a finer grid is reduced by maxima, which keeps a lone outlier channel visible
 _GRID_LINES: Any = {
     "grid.color": (0.5, 0.5, 0.5, 0.3),
@@ -28,12 +25,12 @@ _GRID_LINES: Any = {
 }  # 3-D axes read them once, when they are made
 
 
-def figures(lines: Sequence[Row]) -> dict[str, Figure | None]:
-    """Return one figure per model, composition of transforms and recorded layer, the first ``LIMIT`` of them."""
-    every = list(distinct(lines))
-    if len(every) > LIMIT:
-        log.warning("%d activation surfaces recorded, %d drawn", len(every), LIMIT)
-    return {f"activations/{row.model}/{row.label}/{entry['layer']}": surface(entry) for row, entry in every[:LIMIT]}
+def figures(lines: Sequence[Row]) -> dict[str, Callable[[], Figure]]:
+    """Return what draws each model, composition of transforms and recorded layer, ``activations/<model>/<row>/..``."""
+    return {
+        f"activations/{row.model}/{row.label}/{entry['layer']}": partial(surface, entry)
+        for row, entry in distinct(lines)
+    }
 
 
 def surface(entry: ActivationRecord) -> Figure:
