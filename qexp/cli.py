@@ -25,8 +25,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from qexp import known, sweep_index
+from qexp import known
 from qexp.compose import CONFIGS, register
+from qexp.core import sweep_index
 from qexp.core.errors import Elsewhere, FailedBefore, UserError
 from qexp.core.files import write_text
 from qexp.explain import HYDRA_MISTAKES, NO_NAME, check_keys, explain

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from qexp import known, sweep_index
+from qexp import known
+from qexp.core import sweep_index
 from qexp.core.errors import UserError, choose
 from qexp.core.memory import keep_freed_memory
 from qexp.core.method import Method

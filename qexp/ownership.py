@@ -19,10 +19,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from qexp.core.errors import Elsewhere, FailedBefore, UserError
+from qexp.core.sweep_index import lock_of
 from qexp.engine.context import Run
 from qexp.engine.fingerprint import claim
 from qexp.report import record as records
-from qexp.sweep_index import lock_of
 
 log = logging.getLogger(__name__)
 

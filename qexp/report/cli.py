@@ -38,10 +38,20 @@ def report(arguments: argparse.Namespace) -> None:
     held = verdicts.compare(lines, arguments.within)
     table.show(lines)
     verdicts.show(held)
-    table.say([*verdicts.summary(held), *compare.summary(lines), *table.failures(lines)])
+    table.say(
+        [*verdicts.summary(held), *compare.summary(lines), *table.failures(lines), *_unfinished(arguments.folders)]
+    )
     for path, text in _files(arguments, records, lines).items():
         _save(path, text)
         table.say([f"wrote {path}"])
+
+
+def _unfinished(folders: Sequence[Path]) -> list[str]:
+    """Return a line for each index below ``folders`` that tells of runs which have not ended."""
+    from qexp.core import sweep_index
+
+    indices = {file for folder in folders for form in ("", "*/") for file in folder.glob(form + sweep_index.FILE)}
+    return [told for file in sorted(indices) if (told := sweep_index.unfinished(file.parent))]
 
 
 def _sync(folders: Sequence[Path], *, dry_run: bool) -> None:

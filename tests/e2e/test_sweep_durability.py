@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from tiny_runs import command, process, tiny
 
-from qexp import sweep_index
+from qexp.core import sweep_index
 
 WITHOUT_TORCH = """
 import sys
@@ -84,6 +85,21 @@ def test_the_index_tells_what_where_how_long_and_how_good(tiny_folder: Path, tmp
         assert line["status"] == "completed" and float(line["seconds"]) > 0
         assert "bits=w3a16" in line["overrides"] and f"method={run.split('-')[0]}" in line["overrides"]
         assert float(line["perplexity/generated"]) == pytest.approx(metrics["perplexity/generated"], rel=1e-5)
+
+
+def test_the_report_tells_what_has_not_ended(tmp_path: Path) -> None:
+    for i in range(3):
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        (folder / "fingerprint.json").write_text("{}")
+        sweep_index.begun(folder, "method=rtn")
+    assert sweep_index.unfinished(tmp_path) == f"3 interrupted: {tmp_path}/index.csv"
+    with FileLock(sweep_index.lock_of(tmp_path / "run0")):
+        assert sweep_index.unfinished(tmp_path) == f"1 running, 2 interrupted: {tmp_path}/index.csv"
+    (tmp_path / "run1" / "fingerprint.json").unlink()
+    (tmp_path / "run1").rmdir()
+    sweep_index.mend(tmp_path)
+    assert {line["run"]: line["status"] for line in index(tmp_path)} == {"run0": "interrupted", "run2": "interrupted"}
 
 
 @pytest.mark.slow

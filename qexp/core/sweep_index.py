@@ -59,6 +59,14 @@ def is_held(folder: Path) -> bool:
         return True
 
 
+def unfinished(output: Path) -> str:
+    """Return which runs of a folder have not ended, in one line; nothing if all have, or there is no index."""
+    open_runs = {run for run, line in read(output).items() if line["status"] in ("running", "interrupted")}
+    held = {run for run in open_runs if is_held(output / run)}
+    told = [f"{len(runs)} {what}" for what, runs in (("running", held), ("interrupted", open_runs - held)) if runs]
+    return f"{', '.join(told)}: {output / FILE}" if told else ""
+
+
 def lock_of(folder: Path) -> Path:
     """Return the lock file of a run's folder."""
     return folder.parent / LOCKS / f"{folder.name}.lock"
