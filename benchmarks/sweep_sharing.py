@@ -1,6 +1,6 @@
 """What a sweep saves: 8 weight-only configurations in one sweep against 8 runs that share nothing.
 
-    python benchmarks/sweep_sharing.py [FOLDER]
+    python benchmarks/sweep_sharing.py [METHODS BITS]        # both with commas; default rtn,gptq at four widths
 
 Every single run is a process of its own with an empty cache (compiled kernels apart, which are one per machine). Prints
 wall and processor seconds of both, their ratios, where the time of a single run goes, and the machine.
@@ -19,19 +19,19 @@ import tempfile
 import time
 from pathlib import Path
 
-METHODS, BITS = ("rtn", "gptq", "awq", "power_of_two"), ("w4a16", "w3a16")
-JOBS = [(method, bits) for method in METHODS for bits in BITS]
+METHODS, BITS = sys.argv[1:3] if len(sys.argv) > 2 else ("rtn,gptq", "w4a16,w4a16g128,w3a16,w3a16g128")
+JOBS = [(method, bits) for method in METHODS.split(",") for bits in BITS.split(",")]
 COMMON = ["tracking=none", "model=embedded"]
 
 
 def main() -> None:
     """Run both and print what they took."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp())
     warm = folder / "warm"
     run(["method=rtn", "bits=w4a8", "eval.limit=1", "calibration.samples=2"], warm, folder / "warmed")  # the kernels
     words = [[f"method={method}", f"bits={bits}"] for method, bits in JOBS]
     single = [run(job, fresh(folder, i, warm), folder / "single") for i, job in enumerate(words)]
-    grid = ["-m", f"method={','.join(METHODS)}", f"bits={','.join(BITS)}"]
+    grid = ["-m", f"method={METHODS}", f"bits={BITS}"]
     together = run(grid, fresh(folder, len(JOBS), warm), folder / "sweep")
     wall, cpu = (sum(one[i] for one in single) for i in (0, 1))
     print(f"{len(JOBS)} configurations: {', '.join(f'{m} {b}' for m, b in JOBS)}")

@@ -148,7 +148,7 @@ def test_a_killed_run_that_learns_continues(moment: str, tiny_folder: Path, tmp_
 
 @pytest.mark.parametrize(
     "recipe",
-    ["quarot", *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES | LONGER if name != "quarot")],
+    [pytest.param(name, marks=pytest.mark.slow) for name in RECIPES | LONGER],
 )
 def test_any_prefix_of_blocks_gives_the_same_run(recipe: str, tiny_folder: Path, tmp_path: Path) -> None:
     """A kill leaves the first k blocks and no record; here for every k, without the kill."""

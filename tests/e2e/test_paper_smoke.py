@@ -23,6 +23,7 @@ def ends(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
         yield from ends(value, f"{path}.{name}") if isinstance(value, dict) else [(f"{path}.{name}", value)]
 
 
+@pytest.mark.slow
 def test_every_key_of_the_settings_shortens_something() -> None:
     known = {
         path for name in compose.options("method") for path, _ in ends(compose.composed([f"method={name}"])["method"])
@@ -31,6 +32,7 @@ def test_every_key_of_the_settings_shortens_something() -> None:
     compose.composed(paper_smoke.settings()["overrides"])
 
 
+@pytest.mark.slow
 def test_jobs_that_differ_in_the_model_alone_run_once() -> None:
     found = list(paper_smoke.distinct("+sweeps/papers=spinquant"))
     assert [job[1:] for job, _ in found] == [
@@ -50,6 +52,7 @@ def test_what_was_asked_for_is_what_runs() -> None:
         paper_smoke.chosen(["papers/quarott"])
 
 
+@pytest.mark.slow
 def test_a_failed_job_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -316,7 +316,9 @@ def test_a_rate_of_ten_ends_in_the_best_state_marked_degraded(
 # 9: places, and seeds
 
 
-@pytest.mark.parametrize("name", ["let+clip", "block_ap", "norm_tweaking"])
+@pytest.mark.parametrize(
+    "name", ["norm_tweaking", *(pytest.param(name, marks=pytest.mark.slow) for name in ("let+clip", "block_ap"))]
+)
 def test_seeds_decide_and_places_of_streams_do_not(name: str, tmp_path: Path) -> None:
     method = learner(name, t2=1.0, student="mix")
     views = {

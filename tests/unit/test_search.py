@@ -137,6 +137,7 @@ def test_a_bad_space_is_one_line(text: str, told: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bits_and_groups", "gptq"])
+@pytest.mark.slow
 def test_the_saved_spaces_can_be_searched(name: str, plan: Plan) -> None:
     space = search_space.read(name)
     search_plan.check(replace(plan, space=name, fixed=()), space)

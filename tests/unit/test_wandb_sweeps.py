@@ -82,6 +82,7 @@ def test_there_are_sweeps_to_check() -> None:
     assert {yaml.safe_load(file.read_text())["method"] for file in FILES} == {"grid", "random", "bayes"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_an_agent_starts_runs_that_compose_and_measure_the_metric(file: Path) -> None:
     from wandb.sdk.launch.sweeps.utils import load_sweep_config
