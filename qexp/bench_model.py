@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from qexp.bench_timing import Row, row
+from qexp.core.cache import cache_folder
 from qexp.core.errors import UserError
-from qexp.engine.context import cache_folder
 from qexp.engine.packing import PLAIN, pack_model
 from qexp.eval.speed import Contender, Times, memory_bytes, time_rounds, workload
 from qexp.finished import load

@@ -83,8 +83,9 @@ def computed(config: dict[str, Any], choices: dict[str, str], sweep: str | None)
     """Carry the run out, remember that it ended, and return its folder."""
     from qexp.run import run  # torch: a second that a mistake in the keys need not wait for
 
+    looks = known.looks(config)
     folder = run(config, choices, sweep, HydraConfig.get().overrides.task)
-    known.remember(config, folder)
+    known.remember(config, folder, looks)
     return folder
 
 
@@ -139,15 +140,18 @@ class SweepSummary(Callback):
         jobs = [json.loads(file.read_text()) for file in sorted(folder.glob(f"*/{JOB_FILE}"), key=_job_number)]
         for output in {Path(job["folder"]).parent for job in jobs if "folder" in job}:
             sweep_index.mend(output)
-        if done := [Path(job["folder"]) for job in jobs if "folder" in job]:
-            show(done)
-        for job in jobs:
-            for kind in job.keys() & {"elsewhere", "failed"}:
-                sys.stderr.write(f"{kind}  {job['overrides']}: {job[kind]}\n")
-        if lost := self.jobs - len(jobs):
-            sys.stderr.write(f"lost  {lost} jobs ended without a word (killed?); the same command continues them\n")
-        if lost > 0 or any("failed" in job for job in jobs):
-            sys.exit(1)
+        lost = self.jobs - len(jobs) if self.jobs else 0
+        try:
+            if done := [Path(job["folder"]) for job in jobs if "folder" in job]:
+                show(done)
+        finally:
+            for job in jobs:
+                for kind in job.keys() & {"elsewhere", "failed"}:
+                    sys.stderr.write(f"{kind}  {job['overrides']}: {job[kind]}\n")
+            if lost > 0:
+                sys.stderr.write(f"lost  {lost} jobs ended without a word (killed?); the same command continues them\n")
+            if lost > 0 or any("failed" in job for job in jobs):
+                sys.exit(1)
 
 
 def show(folders: Sequence[Path]) -> None:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from qexp.core.build import build
+from qexp.core.cache import cache_folder
 from qexp.core.errors import UserError
 from qexp.core.learned import ModelTuner
 from qexp.core.measures import Measured
 from qexp.core.method import Method
 from qexp.core.words import FULL_BITS
-from qexp.engine.context import cache_folder
 from qexp.engine.fingerprint import FILE, flat
 from qexp.launch import VERSION, device_of
 from qexp.models.load import ModelSource

@@ -9,20 +9,22 @@ same, the fingerprint would be the same. In any other case the run computes its 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qexp.core.files import write_text
 
 FOLDER = ".known"
-NOT_COMPUTED_FROM = ("output_dir", "tracking", "resume", "retry", "busy", "streams")  # they change no number
+NOT_COMPUTED_FROM = ("output_dir", "resume", "retry", "busy", "streams")  # they change no number
 HERE = Path(__file__).resolve().parent
 CODE = (".py", ".json", ".safetensors")
 MOST_FILES = 10_000  # that a folder may have to be looked through
@@ -39,9 +41,10 @@ class Ended:
 
 def recall(config: Mapping[str, Any]) -> Ended | None:
     """Return how the run of a resolved config ended, if it did and nothing has changed since; else None."""
+    file = _file(config)
     try:
-        note = json.loads(_file(config).read_text(encoding="utf-8"))
-        ended = Ended(**note["ended"])
+        note = json.loads(file.read_text(encoding="utf-8"))
+        ended = Ended(str(file.parent.parent / note["run"]), **note["ended"])
         record = json.loads((Path(ended.folder) / "record.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -50,11 +53,16 @@ def recall(config: Mapping[str, Any]) -> Ended | None:
     return ended if same and note["looks"] == looks(config) else None
 
 
-def remember(config: Mapping[str, Any], folder: Path) -> None:
-    """Leave a note of the run in ``folder``, which ended, beside the runs of its ``output_dir``."""
+def remember(config: Mapping[str, Any], folder: Path, before: Mapping[str, str]) -> None:
+    """Leave a note of the run in ``folder``, which ended, beside the runs of its ``output_dir``.
+
+    ``before``: how everything looked when the run began; if it looks otherwise now, there is no note.
+    """
+    if looks(config) != before:
+        return
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    ended = Ended(str(folder), record["fingerprint"], record.get("error", ""))
-    write_text(_file(config), json.dumps({"ended": asdict(ended), "looks": looks(config)}))
+    ended = {"fingerprint": record["fingerprint"], "failed": record.get("error", "")}
+    write_text(_file(config), json.dumps({"run": folder.name, "ended": ended, "looks": dict(before)}))
 
 
 def looks(config: Mapping[str, Any]) -> dict[str, str]:
@@ -62,7 +70,7 @@ def looks(config: Mapping[str, Any]) -> dict[str, str]:
     values = list(_strings({key: value for key, value in config.items() if key not in NOT_COMPUTED_FROM}))
     packages = sorted({value.partition(".")[0] for key, value in values if key == "_target_"} - {"qexp"})
     named = sorted({value for key, value in values if key != "_target_" and _is_path(value)})
-    found = {"qexp": _digest(HERE, CODE), "gpu": _gpu()}
+    found = {"qexp": _digest(HERE, CODE), "torch": importlib.metadata.version("torch"), "gpu": _gpu()}
     for package in packages:
         spec = importlib.util.find_spec(package)
         origin = Path(spec.origin) if spec and spec.origin else None
@@ -89,12 +97,10 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _is_path(value: str) -> bool:
-    """Return whether a string of the config looks like a place on disk and is one."""
-    if not value or len(value) > 4096 or "\0" in value:
-        return False
+    """Return whether a string of the config is a place on disk."""
     try:
-        return ("/" in value or "." in value or os.sep in value) and Path(value).expanduser().exists()
-    except (OSError, RuntimeError):
+        return bool(value) and Path(value).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
         return False
 
 
@@ -117,10 +123,12 @@ def _stats(place: Path) -> Iterator[tuple[str, int, int]]:
     for folder, folders, files in os.walk(place):
         folders[:] = [name for name in folders if name != "__pycache__"]
         for path in (Path(folder) / name for name in files):
-            about = path.stat()
-            yield str(path.relative_to(place)), about.st_size, about.st_mtime_ns
+            with suppress(OSError):  # a dangling link, or gone meanwhile
+                about = path.stat()
+                yield str(path.relative_to(place)), about.st_size, about.st_mtime_ns
 
 
 def _gpu() -> str:
     """Return what decides whether device=auto is a GPU, as far as it shows without torch."""
-    return f"{Path('/dev/nvidiactl').exists()} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    return str(Path("/dev/nvidiactl").exists() and not hidden)

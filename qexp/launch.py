@@ -17,11 +17,12 @@ from typing import Any, cast
 
 from qexp import known
 from qexp.core import sweep_index
+from qexp.core.cache import cache_folder
 from qexp.core.errors import UserError, choose
 from qexp.core.memory import keep_freed_memory
 from qexp.core.method import Method
 from qexp.data.calibration import Calibration
-from qexp.engine.context import Run, WarningCollector, cache_folder
+from qexp.engine.context import Run, WarningCollector
 from qexp.engine.fingerprint import digest, digest_of
 from qexp.engine.shelf import PLACES
 from qexp.engine.streams import MICRO_TOKENS
@@ -91,8 +92,8 @@ def begin(setup: Setup, sweep: str | None) -> Run:
     base = {key: value for key, value in model.items() if key != "outliers"}
     return Run(
         folder=folder, name=name, fingerprint=fingerprint, seed=setup.seed, device=device, progress=track,
-        cache=cache, shared=cache / "float" if sweep else None, model_identity=digest({**base, "device": device}),
-        streams=setup.streams, parts=parts,
+        cache=cache, shared=cache / "float" / f"v{VERSION}" if sweep else None, streams=setup.streams, parts=parts,
+        model_identity=digest({**base, "device": device}),
     )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def recording(work: Run, config: Mapping[str, Any], asked: Sequence[str]) -> Ite
 
     The index of the folder of runs tells of it from the beginning; ``asked`` are the overrides that it shows.
     """
-    collector = WarningCollector(work.warnings)
+    collector, looks = WarningCollector(work.warnings), known.looks(config)
     sweep_index.begun(work.folder, " ".join(asked))
     _forget_peak_memory()
     logging.getLogger("qexp").addHandler(collector)
@@ -114,7 +115,7 @@ def recording(work: Run, config: Mapping[str, Any], asked: Sequence[str]) -> Ite
     except Exception as error:
         failed = record_of(work, config, {}) | {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         records.write(work.folder, cast("records.Record", failed))
-        known.remember(config, work.folder)
+        known.remember(config, work.folder, looks)
         raise
     finally:
         logging.getLogger("qexp").removeHandler(collector)

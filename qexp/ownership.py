@@ -27,6 +27,7 @@ from qexp.report import record as records
 log = logging.getLogger(__name__)
 
 BUSY = ("skip", "wait")
+PROBE_SECONDS = 1.0  # others look whether a lock is held by taking it for a moment
 
 
 @contextmanager
@@ -41,16 +42,15 @@ def owned(work: Run, *, resume: bool, busy: str) -> Iterator[None]:
     lock = _locked(path, work.name, wait=busy == "wait")
     try:
         if not resume and work.folder.exists():
+            (work.folder / records.FILE_NAME).unlink(missing_ok=True)  # first: half a folder is no finished run
             shutil.rmtree(work.folder)
         claim(work.folder, work.parts)
         yield
     finally:
-        lock.release()
-        if not work.folder.exists():  # a user's mistake leaves nothing behind
-            for file in (path, _owner_of(path)):
-                file.unlink(missing_ok=True)
-            with suppress(OSError):
-                path.parent.rmdir()
+        _owner_of(path).unlink(missing_ok=True)
+        lock.release()  # and with it the file is gone
+        with suppress(OSError):
+            path.parent.rmdir()  # a user's mistake leaves nothing behind
 
 
 def is_finished(work: Run) -> bool:
@@ -76,18 +76,18 @@ def _record(work: Run, status: str) -> records.Record | None:
 def _locked(path: Path, name: str, wait: bool) -> FileLock:
     """Return the lock, taken. Raises: Elsewhere if another process has it and is not waited for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(path), _owner_of(path)
+    lock, owner = FileLock(path, fallback_to_soft=False), _owner_of(path)
     try:
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PROBE_SECONDS)
         except Timeout:
             if not wait:
                 raise Elsewhere(name, _owner(owner)) from None
             log.info("waiting for %s, which computes %s", _owner(owner), name)
             lock.acquire()
-    except NotImplementedError as error:
+    except (NotImplementedError, OSError) as error:
         raise UserError(
-            f"{path.parent} is on a file system without locks", "one that has them (flock)", "output_dir=<elsewhere>"
+            f"{path} cannot be locked ({error})", "a file system that has locks (flock)", "output_dir=<elsewhere>"
         ) from error
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     owner.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))

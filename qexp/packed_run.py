@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from qexp.core.cache import cache_folder
 from qexp.core.method import Method
-from qexp.engine.context import cache_folder
 from qexp.eval.speed import Contender
 from qexp.models.load import ModelSource
 

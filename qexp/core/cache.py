@@ -7,14 +7,19 @@ place when whole; nothing is removed while any run uses the folder. What was use
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
+
+from qexp.core.files import settle, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +29,27 @@ log = logging.getLogger(__name__)
 USERS = ".users"
 BOUNDED = ("generated", "calibration", "baseline", "float")  # kernels and converted models are few and stay
 DEFAULT_GB = 20.0
+REMEMBERED = 1 << 24  # bytes of a file from which on hashing is worth remembering
+DAY = 86400.0
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: $QEXP_CACHE, else ~/.cache/qexp."""
+    return Path(os.environ.get("QEXP_CACHE") or Path.home() / ".cache" / "qexp")
+
+
+def file_digest(file: Path) -> str:
+    """Return the sha256 of a file; of large ones it is remembered for as long as size and time of change stay."""
+    about = file.stat()
+    name = hashlib.sha256(f"{file.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:32]
+    note = cache_folder() / "digests" / name
+    if about.st_size > REMEMBERED and note.exists():
+        return note.read_text(encoding="ascii")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if about.st_size > REMEMBERED:
+        write_text(note, digest)
+    return digest
 
 
 def limit() -> float:
@@ -47,7 +73,7 @@ def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> Path:
         if not path.exists():
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             save_file(make(), part)
-            part.replace(path)
+            settle(part, path)
     return path
 
 
@@ -65,17 +91,21 @@ def in_use(folder: Path) -> Iterator[None]:
 
 
 def trim(folder: Path, most: float) -> int:
-    """Remove the files used longest ago until ``most`` bytes are left; return how many. None while a run uses any."""
+    """Remove the files used longest ago until ``most`` bytes are left; return how many.
+
+    While a run uses the folder, only what was not touched for a day.
+    """
     with (folder / USERS).open("a+") as users:
+        before = math.inf
         try:
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return 0
+            before = time.time() - DAY
         files = [file for name in BOUNDED for file in (folder / name).rglob("*") if file.is_file()]
         stats = {file: file.stat() for file in files}
         total, gone = sum(about.st_size for about in stats.values()), 0
         for file in sorted(files, key=lambda file: stats[file].st_mtime_ns):
-            if total <= most:
+            if total <= most or stats[file].st_mtime > before:
                 break
             file.unlink()
             total, gone = total - stats[file].st_size, gone + 1

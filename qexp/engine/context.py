@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +24,6 @@ Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 def quiet(_: str, items: Iterable[Any]) -> Iterable[Any]:
     """Show no progress."""
     return items
-
-
-def cache_folder() -> Path:
-    """Return where what can be made again is kept: $QEXP_CACHE, else ~/.cache/qexp."""
-    return Path(os.environ.get("QEXP_CACHE") or Path.home() / ".cache" / "qexp")
 
 
 class MicroBatches:

@@ -8,6 +8,7 @@ weights and buffers at that moment, tokens, dtype, device; a recipe that rewrite
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,10 +20,13 @@ from torch import Tensor
 from qexp.core.cache import kept, limit
 from qexp.core.words import Group, Stats
 from qexp.engine.streams import MICRO_TOKENS, Keep, Kwargs, Stream, advance
+from qexp.kernels.ops import kernel_info
 from qexp.models.view import ModelView
 
+log = logging.getLogger(__name__)
+
 VERSION = 1
-SHARE = 0.25  # of the folder's limit that all blocks of one stream may take
+SHARE = 0.25  # of the folder's limit that the stream and the statistics of one calibration may take
 
 
 class KnownStream(list[Tensor]):
@@ -38,12 +42,17 @@ def named(view: ModelView, tokens: Tensor, stream: Stream, folder: Path | None, 
 
     ``rewritten`` tells how the model was rewritten, beyond what its weights tell (rotations of keys, say).
     """
-    size = sum(x.numel() * x.element_size() for x in stream) * len(view.blocks)
-    if folder is None or size > SHARE * limit():
+    if folder is None:
         return stream
-    about = (
-        f"{VERSION} {MICRO_TOKENS} {view.model.device.type} {view.model.dtype} {type(view.model).__name__} {rewritten}"
-    )
+    size = sum(x.numel() * x.element_size() for x in stream) * len(view.blocks)
+    size += sum(4 * g.layers[0].inputs ** 2 for block in range(len(view.blocks)) for g in view.groups(block))
+    if size > SHARE * limit():
+        log.info("the float model's stream and statistics are not shared: QEXP_CACHE_GB=%.0f would", size / SHARE / 1e9)
+        return stream
+    device = view.model.device
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
+    place = f"{place} {kernel_info()['isa']} torch {torch.__version__}"
+    about = f"{VERSION} {MICRO_TOKENS} {place} {view.model.dtype} {type(view.model).__name__} {rewritten}"
     tensors = [*view.model.state_dict().values(), tokens]
     return KnownStream(stream, _hash(about, view.model.config.to_json_string(), *tensors), folder)
 

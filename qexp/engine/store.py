@@ -21,6 +21,7 @@ from torch import Tensor
 from qexp.core.absorb import InPlace
 from qexp.core.compound_maps import map_from_state
 from qexp.core.errors import UserError
+from qexp.core.files import settle
 from qexp.core.maps import LinearMap
 from qexp.core.storage import pack_linear, unpack_linear
 from qexp.core.words import BlockReport, LayerReport
@@ -70,7 +71,7 @@ def write(path: Path, finished: Finished) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     save_file(finished.tensors, part, metadata={"facts": json.dumps(finished.facts)})
-    part.replace(path)
+    settle(part, path)
     for left in path.parent.glob(f"{path.stem}.*.part"):
         left.unlink(missing_ok=True)  # of a process that was killed while it wrote
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
+from qexp.core.cache import file_digest
 from qexp.core.errors import UserError, choose
 from qexp.core.hub import need_hub
 
@@ -134,42 +137,41 @@ def _first_line(error: Exception) -> str:
 
 def _convert_gguf(file: Path, cache: Path) -> Path:
     """Return a safetensors folder for a GGUF file; dequantizing takes a minute, so it is done once."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     folder = cache / "gguf" / _digest(file)[:16]
-    if not folder.exists():
-        log.info("converting %s to safetensors, once", file.name)
-        where, name = str(file.parent), file.name
-        try:
-            plain = GgufConfig(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                where, gguf_file=name, quantization_config=plain, dtype="float32", local_files_only=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
-            raise UserError(
-                f"model.path={file} cannot be read: {_first_line(error)}", "a GGUF file of a known model"
-            ) from error
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # of several jobs one converts
+        if not folder.exists():
+            _convert_into(folder, file)
     return folder
 
 
+def _convert_into(folder: Path, file: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    log.info("converting %s to safetensors, once", file.name)
+    where, name = str(file.parent), file.name
+    try:
+        plain = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=name, quantization_config=plain, dtype="float32", local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
+        raise UserError(
+            f"model.path={file} cannot be read: {_first_line(error)}", "a GGUF file of a known model"
+        ) from error
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
+
+
 def _digest(path: Path) -> str:
-    """Return a sha256 of a file or of a folder's weights and configs; of large files size and both ends."""
-    edge, digest = 1 << 22, hashlib.sha256()
-    kinds = (".safetensors", ".json", ".model", ".txt")
+    """Return a sha256 of all of a file, or of a folder's weights, configs and code."""
+    kinds, digest = (".safetensors", ".json", ".model", ".txt", ".py"), hashlib.sha256()
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in kinds)
     for file in files:
-        size = file.stat().st_size
-        digest.update(json.dumps([file.name if len(files) > 1 else "", size]).encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(edge if size > 2 * edge else size))
-            if size > 2 * edge:
-                stream.seek(-edge, os.SEEK_END)
-                digest.update(stream.read(edge))
+        digest.update(json.dumps([file.name if len(files) > 1 else "", file_digest(file)]).encode())
     return digest.hexdigest()
 
 

@@ -52,16 +52,19 @@ def test_the_second_run_observes_nothing_where_only_bits_differ(tiny_folder: Pat
         assert command("-m", *different, "bits=w3a16").code == 1, "other tokens, other statistics"
 
 
-def test_what_was_used_longest_ago_goes_first_and_nothing_while_in_use(tmp_path: Path) -> None:
+def test_what_was_used_longest_ago_goes_first_and_nothing_new_while_in_use(tmp_path: Path) -> None:
+    now = time.time()
     for i, name in enumerate(("old", "middle", "new")):
         path = cache.kept(tmp_path / "float" / f"{name}.safetensors", lambda: {"x": torch.zeros(250)})
-        os.utime(path, (i, i))
+        os.utime(path, (now - 300 + i, now - 300 + i))
+    forgotten = cache.kept(tmp_path / "float" / "forgotten.safetensors", lambda: {"x": torch.zeros(250)})
+    os.utime(forgotten, (now - 2 * cache.DAY, now - 2 * cache.DAY))
     kernels = tmp_path / "kernels" / "core.so"
     kernels.parent.mkdir()
     kernels.write_bytes(bytes(5000))
     cache.kept(tmp_path / "float" / "old.safetensors", dict)  # used again: it is the newest now
     with cache.in_use(tmp_path):
-        assert cache.trim(tmp_path, 0) == 0
+        assert cache.trim(tmp_path, 0) == 1 and not forgotten.exists()
     assert cache.trim(tmp_path, 2500) > 0
     left = {path.name for path in (tmp_path / "float").glob("*.safetensors")}
     assert left == {"old.safetensors", "new.safetensors"}

@@ -11,8 +11,8 @@ import torch
 from tiny_runs import command, tiny
 from toy_models import tokens
 
+from qexp.core.cache import cache_folder
 from qexp.core.errors import UserError
-from qexp.engine.context import cache_folder
 from qexp.eval.evaluation import Evaluation
 from qexp.finished import load
 

@@ -17,8 +17,8 @@ from transformers import DynamicCache
 
 from qexp import bench
 from qexp.core.build import build
+from qexp.core.cache import cache_folder
 from qexp.core.errors import UserError
-from qexp.engine.context import cache_folder
 from qexp.engine.packing import pack_model
 from qexp.eval.divergence import score_windows
 from qexp.eval.perplexity import Loop, perplexity, reader

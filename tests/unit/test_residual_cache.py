@@ -17,13 +17,13 @@ from transformers.cache_utils import DynamicLayer
 
 from qexp import compose
 from qexp.core.build import build
+from qexp.core.cache import cache_folder
 from qexp.core.errors import UserError
 from qexp.core.method import Method
 from qexp.core.packed_kv import codec_of
 from qexp.core.packed_residual import ResidualCodec, residual_codec_of
 from qexp.core.stages import Kv
 from qexp.engine.blocks import activate
-from qexp.engine.context import cache_folder
 from qexp.engine.packing import PackedModel, pack_model
 from qexp.models.attention import Door
 from qexp.models.packed_cache import PackedKvCache
