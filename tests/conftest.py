@@ -5,7 +5,9 @@ Order: fast before slow, so that a broken clone fails in the first minute.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything of Hugging Face or W&B is imported: no test may depend on an account or on a network.
@@ -31,6 +33,17 @@ from hypothesis import settings
 # Same examples on every machine, no deadline: a shared runner is slow for reasons that are not ours.
 settings.register_profile("qexp", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("qexp")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Commands that run in this process set the log up for themselves; the next test finds it untouched."""
+    root, own = logging.getLogger(), logging.getLogger("qexp")
+    before, levels = root.handlers[:], (root.level, own.level)
+    yield
+    root.handlers[:] = before
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ def kill_one_that_runs(out: Path) -> dict[str, str]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(line["pid"]), signal.SIGSTOP)
             time.sleep(0.1)
-            if line in index(out):
+            if line in index(out) and not (out / line["run"] / "record.json").exists():
                 os.kill(int(line["pid"]), signal.SIGKILL)
                 return line
             os.kill(int(line["pid"]), signal.SIGCONT)
