@@ -48,9 +48,11 @@ def owned(work: Run, *, resume: bool, busy: str) -> Iterator[None]:
         yield
     finally:
         _owner_of(path).unlink(missing_ok=True)
-        lock.release()  # and with it the file is gone
+        if not work.folder.exists():  # a user's mistake leaves nothing behind
+            path.unlink()  # while it is held: who waits for it looks whether its file is still there
+        lock.release()
         with suppress(OSError):
-            path.parent.rmdir()  # a user's mistake leaves nothing behind
+            path.parent.rmdir()
 
 
 def is_finished(work: Run) -> bool:
