@@ -31,7 +31,7 @@ def test_a_sweep_gives_the_bits_of_single_runs(recipe: str, tiny_folder: Path, t
         assert command(*tiny(tiny_folder, tmp_path / "single", *words, f"bits={bits}")).code == 0
     assert not (tmp_path / "cache" / "float").exists()
     assert command("-m", *tiny(tiny_folder, tmp_path / "sweep", *words, "bits=w3a16,w4a16")).code == 0
-    assert list((tmp_path / "cache" / "float").glob("*-00001.safetensors"))
+    assert list((tmp_path / "cache" / "float").rglob("*-00001.safetensors"))
     files = sorted((tmp_path / "single").glob("*/blocks/*.safetensors"))
     assert len(files) == 6
     for file in files:
