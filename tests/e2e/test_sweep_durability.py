@@ -109,17 +109,11 @@ def test_a_run_that_another_process_computes_is_left_to_it(tiny_folder: Path, tm
     (folder,) = (file.parent for file in tmp_path.glob("*/record.json"))
     (folder / "record.json").unlink()
     lock = sweep_index.lock_of(folder)
-    hold = "import sys, time; from pathlib import Path; from qexp.ownership import _locked"
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"{hold}; a = _locked(Path(sys.argv[1]), 'it', True); print(1, flush=True); time.sleep(600)",
-            lock,
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
+    hold = (
+        "import sys, time; from pathlib import Path; from qexp.ownership import _locked; "
+        "lock = _locked(Path(sys.argv[1]), 'it', True); print(1, flush=True); time.sleep(600)"
     )
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline()
     try:
         alone, sweep = command(*words), command("-m", *words)
