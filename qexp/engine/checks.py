@@ -86,10 +86,10 @@ def _check_learners(method: Method) -> None:
             raise UserError(got, "ranges, norms, values, factors or decoding", "method/tuner=[]")
         if isinstance(tuner, BlockDecoder):
             tuner.check(method.grid)
-    if isinstance(method.solver, Particular):
+    if special := isinstance(method.solver, Particular):  # it knows which grids it takes
         method.solver.check(method.grid)
     spacing = [name for name, tuner in method.tuner.items() if isinstance(tuner, ModelTuner)]
-    spacing += ["the solver"] if isinstance(method.solver, LearnedSolver) else []
+    spacing += ["the solver"] if isinstance(method.solver, LearnedSolver) and not special else []
     if spacing and not isinstance(method.grid, Uniform):
         got = f"{' and '.join(spacing)} learning the spacing of {type(method.grid).__name__}"
         raise UserError(got, "evenly spaced values", "method/grid=integer")

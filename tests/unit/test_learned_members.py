@@ -22,6 +22,7 @@ from qexp.core.rng import generator
 from qexp.core.words import Insert
 from qexp.engine.blocks import activate, quantize_blocks
 from qexp.engine.candidate import quantizers
+from qexp.engine.checks import check_method
 from qexp.engine.solving import plan_of
 from qexp.engine.streams import hidden_states
 from qexp.engine.transforming import transform_block
@@ -125,6 +126,63 @@ class TestSolversThatLearn:
 
         with pytest.raises(UserError, match=r"learns on the values of Other; need a uniform grid"):
             member("solver", "lrq").solve(W_OI, None, Other(), generator(0))
+
+
+LEVELS = ("power_of_two", "additive_power_of_two", "midrise", "nf4", "fp8", "mxfp4")
+WIDE = {"additive_power_of_two": 4, "nf4": 4, "fp8": 8, "mxfp4": 4}
+
+
+class TestLatentWeights:
+    @staticmethod
+    def begun(grid: str, **settings: Any) -> tuple[Any, Any]:
+        values = member("grid", grid, w=WIDE.get(grid, 3), g=16)
+        return short(member("solver", "latent"), **settings).rounding(W_OI, None, values, generator(0)), values
+
+    @pytest.mark.parametrize("grid", LEVELS)
+    def test_it_starts_as_plain_rounding_and_keeps_the_last_forward_pass(self, grid: str) -> None:
+        one, values = self.begun(grid)
+        expected = Rtn().solve(W_OI, None, values, generator(0))
+        assert torch.equal(one.quantized().codes, expected.codes)
+        with torch.no_grad():
+            for tensor in (t for knob in one.knobs for t in knob.tensors):
+                tensor += 0.2 * torch.randn(tensor.shape, generator=generator(1))
+        kept = one.quantized()
+        assert torch.equal(one.rounded().detach(), values.decode(kept.codes, kept.params))
+        assert torch.equal(kept.codes, values.encode(one.W.detach(), kept.params)), "the nearest of the latent weight"
+        assert not torch.equal(kept.codes, expected.codes)
+
+    @pytest.mark.parametrize("grid", LEVELS)
+    def test_gradients_are_the_closed_forms(self, grid: str) -> None:
+        one, values = self.begun(grid)
+        with torch.no_grad():
+            one.W *= 1.5  # so that weights are cut
+        pulled = torch.randn(W_OI.shape, generator=generator(3))
+        one.rounded().backward(pulled)
+        kept = one.quantized()
+        scale = kept.params["scale"].repeat_interleave(W_OI.shape[1] // kept.params["scale"].shape[1], 1)
+        inside = (one.least * scale <= one.W) & (one.largest * scale >= one.W)
+        assert inside.any() and not inside.all()
+        torch.testing.assert_close(one.W.grad, inside * pulled)
+        if one.moved.grad is None:
+            assert grid == "mxfp4", "scales that are powers of two stay"
+            return
+        levels = values.decode(kept.codes, kept.params) / scale
+        ds = (levels - inside * one.W.detach() / scale) * pulled * scale
+        expected = ds.unflatten(1, (one.moved.shape[1], -1)).sum(2)
+        torch.testing.assert_close(one.moved.grad, expected, rtol=1e-3, atol=1e-4)
+
+    def test_a_slice_of_zeros_stays_and_teaches_nothing_that_is_not_finite(self) -> None:
+        values, W = member("grid", "power_of_two", w=3, g=16), W_OI.clone()
+        W[3, :16] = 0
+        one = member("solver", "latent").rounding(W, None, values, generator(0))
+        one.rounded().sum().backward()
+        assert not one.rounded()[3, :16].any()
+        assert one.W.grad.isfinite().all() and one.moved.grad.isfinite().all()
+
+    def test_grids_with_more_than_a_scale_are_refused_before_any_work(self) -> None:
+        method = recipe(grid="kmeans", w=3)
+        with pytest.raises(UserError, match=r"levels of KMeans; need a grid of levels times a scale"):
+            check_method(replace(method, solver=member("solver", "latent")), calibrated=True)
 
 
 class TestClip:
