@@ -12,8 +12,9 @@ import os
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; we print one line ourselves
 
@@ -34,7 +35,7 @@ from qexp.explain import HYDRA_MISTAKES, NO_NAME, check_keys, explain
 from qexp.sources import SWEEPS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +93,16 @@ def computed(config: dict[str, Any], choices: dict[str, str], sweep: str | None)
 class SweepSummary(Callback):
     """Say where a sweep is, keep it going past a failed job, and end it with the table of all jobs."""
 
+    open: ClassVar[SweepSummary | None] = None  # the sweep that began and has no table yet
+
     def __init__(self) -> None:
         self.jobs, self.seconds, self.began = 0, list[float](), 0.0
+        self.folder = Path()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Count the jobs: the product of the choices per key."""
         _log_to_stderr()
+        SweepSummary.open, self.folder = self, Path(config.hydra.sweep.dir)
         asked = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         parsed = OverridesParser.create().parse_overrides([*asked, *config.hydra.overrides.task])
         choices = {o.key_or_group: len(list(o.sweep_string_iterator())) if o.is_sweep_override() else 1 for o in parsed}
@@ -136,8 +141,13 @@ class SweepSummary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the comparison; exit 1 if a job failed."""
-        folder = Path(config.hydra.sweep.dir)
-        jobs = [json.loads(file.read_text()) for file in sorted(folder.glob(f"*/{JOB_FILE}"), key=_job_number)]
+        if not self.tell():
+            sys.exit(1)
+
+    def tell(self) -> bool:
+        """Print what the jobs of the sweep left, once; return whether none failed or was lost."""
+        SweepSummary.open = None
+        jobs = [json.loads(file.read_text()) for file in sorted(self.folder.glob(f"*/{JOB_FILE}"), key=_job_number)]
         for output in {Path(job["folder"]).parent for job in jobs if "folder" in job}:
             sweep_index.mend(output)
         lost = self.jobs - len(jobs) if self.jobs else 0
@@ -150,8 +160,7 @@ class SweepSummary(Callback):
                     sys.stderr.write(f"{kind}  {job['overrides']}: {job[kind]}\n")
             if lost > 0:
                 sys.stderr.write(f"lost  {lost} jobs ended without a word (killed?); the same command continues them\n")
-            if lost > 0 or any("failed" in job for job in jobs):
-                sys.exit(1)
+        return lost <= 0 and not any("failed" in job for job in jobs)
 
 
 def show(folders: Sequence[Path]) -> None:
@@ -173,7 +182,8 @@ def main() -> None:
     """Entry point of ``qexp``: 0 done, 2 a user's mistake (one line), 1 anything else."""
     register()
     try:
-        job()
+        with _table_if_given_up():
+            job()
     except (*HYDRA_MISTAKES, UserError) as error:
         _end(error)
     except ValueError as error:
@@ -183,6 +193,17 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("qexp: stopped; the same command continues where it was\n")
         sys.exit(130)
+
+
+@contextmanager
+def _table_if_given_up() -> Iterator[None]:
+    """Print a sweep's table where its launcher ends with an exception (Ray, Slurm) and Hydra ends nothing."""
+    try:
+        yield
+    except Exception as error:
+        if SweepSummary.open is not None and not isinstance(error, (*HYDRA_MISTAKES, UserError)):
+            SweepSummary.open.tell()
+        raise
 
 
 def _end(error: BaseException) -> NoReturn:

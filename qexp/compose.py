@@ -6,6 +6,7 @@ For ``qexp-methods``, which looks at every recipe, and for messages about mistak
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -35,6 +36,8 @@ def _pick(key: Any, table: Mapping[Any, Any], otherwise: Any = _NOTHING) -> Any:
 # ${pick:${bits.weight},{2: 40},20}: a setting that a paper has for some models or bits only. On import, not in
 # register(): a launcher's process resolves a job's config too, and imports this file alone.
 OmegaConf.register_new_resolver("pick", _pick, replace=True)
+# ${unlike_others:}: two machines that begin a sweep in the same second do not share its folder; one value per sweep.
+OmegaConf.register_new_resolver("unlike_others", lambda: secrets.token_hex(2), use_cache=True, replace=True)
 
 
 def register() -> None:

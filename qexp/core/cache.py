@@ -65,16 +65,31 @@ def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> Path:
     """Return ``path``, a safetensors file; if it is not there, make its tensors, write beside it and rename."""
     from safetensors.torch import save_file
 
-    with suppress(FileNotFoundError):
-        os.utime(path)  # used now
-        return path
+    if _is_whole(path):
+        with suppress(FileNotFoundError):
+            os.utime(path)  # used now
+            return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
+        if not _is_whole(path):
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             save_file(make(), part)
             settle(part, path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether the file is there and as long as its header says; one that is not is made again."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except FileNotFoundError:
+        return False
+    except SafetensorError as error:
+        log.warning("%s is damaged (%s) and is made again", path, error)
+        return False
 
 
 @contextmanager

@@ -52,6 +52,14 @@ def test_the_second_run_observes_nothing_where_only_bits_differ(tiny_folder: Pat
         assert command("-m", *different, "bits=w3a16").code == 1, "other tokens, other statistics"
 
 
+@pytest.mark.parametrize("content", [b"", b"cut", None])
+def test_a_damaged_file_is_made_again(content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = cache.kept(tmp_path / "float" / "it.safetensors", lambda: {"x": torch.arange(250)})
+    path.write_bytes(path.read_bytes()[:-8] if content is None else content)
+    assert cache.kept(path, lambda: {"x": torch.arange(250)}) == path
+    assert "is damaged" in caplog.text and torch.equal(load_file(path)["x"], torch.arange(250))
+
+
 def test_what_was_used_longest_ago_goes_first_and_nothing_new_while_in_use(tmp_path: Path) -> None:
     now = time.time()
     for i, name in enumerate(("old", "middle", "new")):

@@ -146,6 +146,27 @@ def test_what_failed_is_listed_and_tried_again_on_request_only(tiny_folder: Path
     assert index(tmp_path)[0]["status"] == "completed" and index(tmp_path)[0]["cause"] == ""
 
 
+GIVEN_UP = """
+import hydra.core.utils
+run_job, done = hydra.core.utils.run_job, []
+def given_up(*told, **more):
+    if done:
+        raise RuntimeError("the cluster is gone")
+    done.append(run_job(*told, **more))
+    return done[0]
+hydra.core.utils.run_job = given_up
+from qexp.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_table_is_printed_where_a_launcher_gives_up(tiny_folder: Path, tmp_path: Path) -> None:
+    done = process("-m", *tiny(tiny_folder, tmp_path, "method=rtn", "seed=0,1,2", "eval=none"), script=GIVEN_UP)
+    assert done.code == 1 and "the cluster is gone" in done.err
+    assert "completed" in done.out and "lost  2 jobs ended without a word" in done.err
+
+
 @pytest.mark.slow
 def test_two_sweeps_at_once_share_the_jobs(tiny_folder: Path, tmp_path: Path) -> None:
     words = tiny(tiny_folder, tmp_path, "method=rtn,gptq", "seed=0,1,2", "eval=none")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose
 from omegaconf.errors import InterpolationResolutionError
 
 from qexp import compose as qexp_compose
@@ -224,3 +225,9 @@ def test_a_sweep_asked_for_wrongly_is_one_line(command: list[str], told: str, tm
     assert done.returncode == 2
     assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_sweeps_of_one_second_have_folders_of_their_own() -> None:
+    with qexp_compose.hydra():
+        one, other = (compose("config", return_hydra_config=True).hydra.sweep for _ in range(2))
+        assert one.dir == one.dir != other.dir
