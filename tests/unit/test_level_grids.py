@@ -269,6 +269,19 @@ class TestBinaryCodes:
         assert len(uniform) == 4 and (found.amin(1) <= found[:, uniform].amin(1)).all()
         assert (found.amin(1) < 0.9 * found[:, uniform].amin(1)).any()
 
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    def test_with_as_many_fine_bits_as_bits_it_is_the_uniform_grid(self, bits: int) -> None:
+        """One code is left, of steps 1, 2, 4, ...: what min-max rounding has, to what float16 keeps of the planes."""
+        ratio = {"least_ratio": 1.0, "most_ratio": 1.0, "ratio_step": 0.1}
+        grid = member("grid", "binary_coding", w=bits, g=-1, fine_bits=bits, **ratio)
+        uniform, W = member("grid", "integer", w=bits, g=-1, symmetry="asymmetric"), draw(8, 256).float()
+        step = uniform.fit(W, None)["scale"]
+        expected = step / 2 * torch.tensor([2.0**i for i in range(bits)])
+        torch.testing.assert_close(grid.fit(W, None)["plane"][:, 0], expected, rtol=2e-3, atol=0)
+        level = W / step
+        clear = ((level - level.floor()) - 0.5).abs() > 0.01  # the rest is as near to one level as to the next
+        assert float(((rounded(grid, W) - rounded(uniform, W)) / step)[clear].abs().max()) < 0.01
+
     def test_planes_rise_and_are_positive(self) -> None:
         plane = member("grid", "binary_coding", w=3, g=16).fit(draw(8, 64), None)["plane"]
         assert (plane > 0).all() and (plane.diff(dim=-1) >= 0).all()
