@@ -6,6 +6,7 @@ of every kind are in tests/unit/test_config.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -82,13 +83,24 @@ def admitted(grid: str, sweep: str, below: str) -> bool:
 
 GRID_SWAPS = [s for s in product(TABLES + FLOATS, SWEEPS, BELOW) if admitted(*s)]
 UNDER = ("duquant", "let", "kronecker", "learned_rotation", "incoherence")  # transforms of solvers that learn
-LEARNING = list(product(LEARNED, UNDER, GRIDS, TUNERS))
+
+
+def grid_for(solver: str, under: str, tuners: str) -> str:
+    """Return the grid on which three others are run: each meets each grid, and every three of the others meet."""
+    turn = LEARNED.index(solver) + UNDER.index(under) + list(TUNERS).index(tuners)
+    return list(GRIDS)[turn % len(GRIDS)]
+
+
+LEARNING = [(s, u, grid_for(s, u, t), t) for s, u, t in product(LEARNED, UNDER, TUNERS)]
 SWAPS = list(product(TRANSFORMS, SOLVERS, GRIDS, ACTS, KVS))
 IDS = tokens(4)
 
 
 def test_all_are_there() -> None:
-    assert len(LEARNING) == 4 * 5 * 3 * 6
+    assert len(LEARNING) == 4 * 5 * 6
+    for a, b in itertools.combinations(range(4), 2):
+        choices = [LEARNED, UNDER, GRIDS, TUNERS]
+        assert {(one[a], one[b]) for one in LEARNING} == set(product(choices[a], choices[b])), "every pair meets"
     assert {*SOLVERS, *LEARNED, "gptq_in_order", "ldlq"} == set(names("solver")) - {"beam", "latent"}
     assert TUNERS.keys() > set(names("tuner")) - {"codebook", "scales"}, "the latter with the grids, above"
     assert len(GRID_SWAPS) == 10 * 4 * 3 + 3 - 4 - 3 + 4 * 3
