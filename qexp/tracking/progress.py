@@ -1,7 +1,8 @@
 """Progress bars that know when to be quiet.
 
 On a terminal a bar with the remaining time is drawn on stderr (stdout stays clean for tables); bars may be nested.
-Anywhere else (a file, CI, a cluster's log) nothing is drawn, and one log line closes the loop.
+Anywhere else (a file, CI, a cluster's log) nothing is drawn: one log line closes the loop, and if it is long, a line
+every few minutes says how far it is and what is left.
 Log lines and bars share stderr without mixing as long as the log goes through :class:`StderrHandler`.
 """
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+SECONDS_OF_SILENCE = 120.0  # in a log, between two lines of one loop
 
 
 def track(description: str, iterable: Iterable[T], total: int | None = None) -> Iterator[T]:
@@ -76,8 +79,13 @@ def _drawn(description: str, iterable: Iterable[T], total: int | None) -> Iterat
 
 def _logged(description: str, iterable: Iterable[T], total: int | None) -> Iterator[T]:
     start, done = time.monotonic(), 0
+    told = start
     for item in iterable:
         yield item
-        done += 1
+        done, now = done + 1, time.monotonic()
+        if total and done < total and now - told >= SECONDS_OF_SILENCE:
+            left = (now - start) / done * (total - done)
+            log.info("%s: %d of %d, about %.0f min left", description, done, total, max(1, left / 60))
+            told = now
     count = str(done) if total in (None, done) else f"{done} of {total}"
     log.info("%s: %s in %.1f s", description, count, time.monotonic() - start)

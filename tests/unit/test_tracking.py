@@ -323,6 +323,18 @@ def test_progress_off_a_terminal_is_one_log_line(
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_long_loop_off_a_terminal_says_now_and_then_how_far_it_is(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("qexp.tracking.progress.time.monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO):
+        for _ in track("blocks", iter(range(6)), total=6):
+            now[0] += 90.0
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["blocks: 2 of 6, about 6 min left", "blocks: 4 of 6, about 3 min left", "blocks: 6 in 540.0 s"]
+
+
 def test_progress_on_a_terminal_nests_and_leaves_log_lines_whole(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
