@@ -72,7 +72,7 @@ def _check_rates(method: Method) -> None:
 
 @runtime_checkable
 class Particular(Protocol):
-    """A solver that takes certain grids only."""
+    """A solver or tuner that takes certain grids only, and says which."""
 
     def check(self, grid: Grid) -> None:
         """Raise UserError for a grid that it does not take."""
@@ -84,12 +84,12 @@ def _check_learners(method: Method) -> None:
         if not isinstance(tuner, RangeTuner | BlockTuner | BlockDecoder | NormFactors | ModelTuner):
             got = f"tuner {name}, which is of none of the kinds in core/learned.py"
             raise UserError(got, "ranges, norms, values, factors or decoding", "method/tuner=[]")
-        if isinstance(tuner, BlockDecoder):
-            tuner.check(method.grid)
-    if special := isinstance(method.solver, Particular):  # it knows which grids it takes
-        method.solver.check(method.grid)
+    particular = {n: m for n, m in {**method.tuner, "the solver": method.solver}.items() if isinstance(m, Particular)}
+    for member in particular.values():
+        member.check(method.grid)
     spacing = [name for name, tuner in method.tuner.items() if isinstance(tuner, ModelTuner)]
-    spacing += ["the solver"] if isinstance(method.solver, LearnedSolver) and not special else []
+    spacing += ["the solver"] if isinstance(method.solver, LearnedSolver) else []
+    spacing = [name for name in spacing if name not in particular]
     if spacing and not isinstance(method.grid, Uniform):
         got = f"{' and '.join(spacing)} learning the spacing of {type(method.grid).__name__}"
         raise UserError(got, "evenly spaced values", "method/grid=integer")

@@ -68,6 +68,7 @@ FITTING |= {"pyramid": "method.grid.dim=8", "additive": "method.grid.dim=2 metho
 SWEEPS = {
     **{name: f"method/solver={name}" for name in ("rtn", "gptq", "ldlq")},
     "tuned": "method/solver=gptq method/tuner=[scales] method.tuner.scales.training.epochs=1",
+    "whole": "method/solver=gptq method/tuner=[end_to_end] method.tuner.end_to_end.training.steps=1",
     "beam": "method/solver=beam method.solver.epochs=1 method.solver.training.steps=4",
     "latent": "method/solver=latent method.solver.training.steps=2 method.solver.norm_rate=1e-4",
 }
@@ -78,7 +79,9 @@ def admitted(grid: str, sweep: str, below: str) -> bool:
     if (grid, below) == ("kmeans_fisher", "scales"):  # squared gradients are taken before a block's weights are scaled
         return False
     scales = ("power_of_two", "additive_power_of_two", "mxfp4", "nf4")  # grids of levels times a scale
-    return {"beam": grid == "additive", "tuned": grid != "mxfp4", "latent": grid in scales}.get(sweep, True)
+    return {"beam": grid == "additive", "tuned": grid != "mxfp4", "latent": grid in scales}.get(
+        sweep, sweep != "whole" or (below == next(iter(BELOW)) and grid != "mxfp4")
+    )
 
 
 GRID_SWAPS = [s for s in product(TABLES + FLOATS, SWEEPS, BELOW) if admitted(*s)]
@@ -102,8 +105,8 @@ def test_all_are_there() -> None:
         choices = [LEARNED, UNDER, GRIDS, TUNERS]
         assert {(one[a], one[b]) for one in LEARNING} == set(product(choices[a], choices[b])), "every pair meets"
     assert {*SOLVERS, *LEARNED, "gptq_in_order", "ldlq"} == set(names("solver")) - {"beam", "latent"}
-    assert TUNERS.keys() > set(names("tuner")) - {"codebook", "scales"}, "the latter with the grids, above"
-    assert len(GRID_SWAPS) == 10 * 4 * 3 + 3 - 4 - 3 + 4 * 3
+    assert TUNERS.keys() > set(names("tuner")) - {"codebook", "scales", "end_to_end"}, "these with the grids"
+    assert len(GRID_SWAPS) == 10 * 4 * 3 + 3 - 4 - 3 + 4 * 3 + 9
     assert len(SWAPS) == 12 * 2 * 3 * 2 * 2 == len(set(SWAPS))
     of_earlier_issues = {"fold_norm", "hadamard", "hadamard_keys", "hadamard_online", "smooth", "smooth_duquant", "awq"}
     assert {name.removesuffix(" alone") for name in TRANSFORMS} == set(names("transform")) - of_earlier_issues

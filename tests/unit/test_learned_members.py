@@ -402,6 +402,20 @@ class TestEndToEnd:
         assert all(torch.equal(with_it.model.get_parameter(n), p) for n, p in rest.items())
         assert cross_entropy(with_it) < cross_entropy(without)
 
+    @pytest.mark.parametrize("grid", ["power_of_two", "kmeans", "binary_coding"])
+    def test_what_decodes_codes_of_any_grid_is_learned_and_codes_stay(self, grid: str, tmp_path: Path) -> None:
+        training = {"batch": 4, "epochs": 4, "micro": 2}
+        tuner = short(member("tuner", "end_to_end")["end_to_end"], rate=2e-3, training=training)
+        keys = {"grid": member("grid", grid, w=3, g=-1)}
+        with_it, without = (
+            quantized(tmp_path / str(i), tuner={"end_to_end": tuner} if i else {}, **keys) for i in (1, 0)
+        )
+        for layer in with_it.layers:
+            ours, theirs = with_it.linear(layer.name), without.linear(layer.name)
+            assert ours.codes is not None and theirs.codes is not None and torch.equal(ours.codes, theirs.codes)
+            assert torch.equal(ours.weight, ours.grid.decode(ours.codes, ours.params).to(ours.weight))
+        assert cross_entropy(with_it) < cross_entropy(without)
+
     def test_a_killed_descent_goes_on_where_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from qexp.core import minimise as loops
 
